@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all that is needed; both set up .venv first. `make help` lists the rest.
+PYTHON ?= python3
+PY := .venv/bin/python
+export PYTHONUTF8 := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv demo test lint embedded notebooks hooks docs system-deps clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: .venv/ready  ## set up .venv and nothing else
+
+.venv/ready: settings.ini setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "sdworker needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --editable '.[notebooks,docs,dev]'
+	@touch .venv/ready
+
+demo: venv  ## start the worker, send it six requests, leave pictures in out/demo
+	$(PY) -m sdworker.demo out/demo
+
+test: venv lint  ## every notebook and every test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: venv  ## ruff over package, tests and scripts
+	$(PY) -m ruff check .
+
+embedded: venv  ## retrain the embedded model from nothing (about 90 minutes on two cores)
+	$(PY) -m sdworker.training
+	$(PY) -m sdworker.quality results/adherence.json
+
+notebooks: venv  ## run every notebook, keep its outputs, clean it, export the package, renew README.md
+	$(PY) docs/notebooks.py
+
+hooks: venv  ## make git merge notebooks cell by cell and refuse unclean ones
+	.venv/bin/nbdev-install-hooks
+
+docs: venv  ## build the site into _docs
+	$(PY) docs/build.py
+
+system-deps:  ## Debian packages, as root
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends git python3 python3-venv
+
+clean:  ## remove everything that is made
+	rm -rf .venv _docs _proc out build dist *.egg-info
