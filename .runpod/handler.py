@@ -1,0 +1,3 @@
+from sdworker.handler import start
+
+start()
