@@ -1,0 +1,107 @@
+"""A notebook as a page of the site: what nbdev hides is gone, exported code is marked, names in backticks are links."""
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import reference
+from fastcore.nbio import NbCell, mk_cell, new_nb, write_nb
+from nbdev.process import NBProcessor
+from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line
+
+Targets = dict[str, str]  # a name in backticks -> where it leads
+
+
+@dataclass
+class Chapter:
+    "What the site has to know of a notebook."
+    path: Path
+    cells: list[NbCell]  # without nbdev's directives and what they hide
+    title: str
+    promise: str  # the quote under the title
+    module: str  # what it exports to, such as "sdworker.engine"; empty without an export
+    source: str  # of that module
+
+
+def read(path: Path, package: Path) -> Chapter:
+    "Read a notebook and the module it exports to."
+    processor = NBProcessor(path, procs=[hide_, hide_line, filter_stream_, clean_magics])
+    processor.process()
+    exports = [cell.directives_["default_exp"] for cell in processor.nb.cells if "default_exp" in cell.directives_]
+    cells = [cell for cell in processor.nb.cells if cell.source.strip()]
+    title = re.match(r"# (.+)\n*(?:> (.+))?", cells[0].source)
+    if not title:
+        raise SystemExit(f"{path.name} must begin with a Markdown cell: `# Title` and, under it, `> promise`.")
+    module = f"{package.name}.{exports[0]}" if exports else ""
+    source = (package / f"{exports[0]}.py").read_text(encoding="utf-8") if exports else ""
+    return Chapter(path, cells, title[1].strip(), (title[2] or "").strip(), module, source)
+
+
+def name_targets(chapters: list[Chapter], here: Chapter) -> Targets:
+    "Each exported name leads to its reference; of equal names that of `here`, or else the first, is meant."
+    targets = {}
+    for chapter in sorted(chapters, key=lambda chapter: chapter is not here):
+        for name in reference.public(chapter.source):
+            target = f"#{chapter.module}.{name}"
+            targets[target[1:]] = targets[target.partition(".")[2]] = target
+            targets.setdefault(name, target)
+    return targets
+
+
+def module_targets(chapters: list[Chapter], here: Chapter) -> Targets:
+    "Each module leads to its notebook."
+    pages = {chapter.module: f"/{chapter.path.name}" for chapter in chapters if chapter.module and chapter is not here}
+    return pages | {module.partition(".")[2]: page for module, page in pages.items()}
+
+
+def link(text: str, targets: Targets) -> str:
+    "Make names in backticks links, except in code blocks, headings and links; unlink what lies outside the site."
+    def replace(found: re.Match) -> str:
+        target = targets.get(found["name"] or "")
+        return f"[{found[0]}]({target})" if target else found[0]
+    text = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", text)
+    leave = r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^#.*?$|``.+?``|\[[^\]]*\]\([^)]*\)"
+    return re.sub(rf"{leave}|`(?P<name>[\w.]+)(?:\(\))?`", replace, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def exported(cell: NbCell) -> dict[str, ast.stmt]:
+    "What a cell defines for the module."
+    return reference.definitions(cell.source) if {"export", "exports"} & cell.directives_.keys() else {}
+
+
+def labels(chapter: Chapter) -> Targets:
+    "What a notebook exports, each with the label of the cell that defines it."
+    return {name: f"cell-{cell.id}" for cell in chapter.cells for name in exported(cell)}
+
+
+def code(cell: NbCell) -> list[NbCell]:
+    "A code cell for the site: an exported one is marked, labelled, and folded unless its directive is `exports`."
+    names = exported(cell)
+    cell.source = re.sub(r"^#\s*NBVAL_\w+\s*?(\n|\Z)", "", cell.source, flags=re.MULTILINE)
+    if {"export", "exports"} & cell.directives_.keys():
+        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "exported"]
+    if "export" in cell.directives_:
+        cell.metadata["tags"].append("hide-input")
+        says = reference.docstring(*names.values()).partition("\n")[0].replace("`", "") if len(names) == 1 else ""
+        prompt = (f"Source of {', '.join(names)}" if names else "Imports") + (f": {says}" if says else "")
+        cell.metadata["mystnb"] = {"code_prompt_show": prompt, "code_prompt_hide": prompt}
+    return [mk_cell(f"(cell-{cell.id})=", "markdown"), cell] if names else [cell]
+
+
+def about(chapter: Chapter) -> str:
+    "The line under the promise: the reference of the module, and the notebook itself."
+    module = f"Reference: [`{chapter.module}`](/api/{chapter.module}.md) · " if chapter.module else ""
+    return f":::{{div}} page-links\n{module}{{download}}`Download the notebook <../../nbs/{chapter.path.name}>`\n:::"
+
+
+def page(chapter: Chapter, found: list[Chapter], folder: Path, more: str = "") -> None:
+    "Write a notebook as a page into `folder`, with `more` Markdown at its end; `found` are all chapters, to link to."
+    targets = name_targets(found, chapter) | module_targets(found, chapter)
+    head, *rest = chapter.cells
+    cells = [head, mk_cell(about(chapter), "markdown")]
+    for cell in rest:
+        if cell.cell_type == "markdown":
+            cell.source = link(cell.source, targets)
+        cells += code(cell) if cell.cell_type == "code" else [cell]
+    language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    write_nb(new_nb([*cells, mk_cell(more, "markdown")], language), folder / chapter.path.name)

@@ -1,0 +1,61 @@
+"""Run the notebooks and renew everything that is made from them: outputs, package, README.md."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+from rich.progress import track
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
+
+
+def nbdev(command: str) -> None:
+    """Run one of nbdev's commands from this environment in the repository."""
+    subprocess.run([Path(sys.executable).with_name(command)], cwd=ROOT, check=True)
+
+
+def run(path: Path) -> None:
+    """Execute a notebook and keep its outputs, progress bars and log lines excepted."""
+    notebook = nbformat.read(path, 4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NBS)}}).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.name == "stdout"]
+    nbformat.write(notebook, path)
+
+
+def readme() -> str:
+    """README.md from index.ipynb: its code and pictures, without directives, with links that work one folder up."""
+    notebook = nbformat.read(NBS / "index.ipynb", 4)
+    notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*hide\b", cell.source)]
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
+    text = re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|png))\)", r"](nbs/\1)", text)
+    return "<!-- Made from nbs/index.ipynb by `make notebooks`; edit that. -->\n\n" + text.strip() + "\n"
+
+
+def main() -> None:
+    """Renew what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="*", help="parts of notebook names to run; default: all")
+    parser.add_argument("--readme", metavar="FILE", help="only write the README to this file; - for standard output")
+    chosen = parser.parse_args()
+    if chosen.readme:
+        (sys.stdout if chosen.readme == "-" else open(chosen.readme, "w", encoding="utf-8")).write(readme())
+        return
+    nbdev("nbdev-export")
+    wanted = chosen.notebooks or [""]
+    paths = [path for path in sorted(NBS.glob("*.ipynb")) if any(part in path.name for part in wanted)]
+    for path in track(paths, "running notebooks"):
+        run(path)
+    nbdev("nbdev-clean")
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
