@@ -1,0 +1,132 @@
+"""Notebooks, package, README and settings.ini say the same thing."""
+
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = {  # module -> number of its notebook
+    re.search(r"#\|\s*default_exp (\w+)", path.read_text())[1]: int(path.name[:2])
+    for path in NOTEBOOKS if "default_exp" in path.read_text()
+}
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    """A copy of everything that nbdev reads and writes."""
+    copy = tmp_path_factory.mktemp("a copy")
+    for name in ("nbs", "sdworker"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "embedded_model"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
+
+
+def nbdev(command: str, where: Path) -> None:
+    subprocess.run([Path(sys.executable).with_name(command)], cwd=where, check=True, capture_output=True)
+
+
+def test_package_is_what_the_notebooks_export(scratch):
+    nbdev("nbdev-export", scratch)
+    for path in sorted((ROOT / "sdworker").glob("*.py")):
+        assert path.read_text() == (scratch / "sdworker" / path.name).read_text(), (
+            f"sdworker/{path.name} is not what its notebook exports; edit the notebook and run `make notebooks`")
+
+
+def test_notebooks_are_clean(scratch):
+    nbdev("nbdev-clean", scratch)
+    for path in NOTEBOOKS:
+        assert json.loads(path.read_text()) == json.loads((scratch / "nbs" / path.name).read_text()), (
+            f"{path.name} is not clean; run `make notebooks`")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_one_to_read(path):
+    first = next(cell for cell in cells(path) if cell["cell_type"] == "markdown")
+    title, _, rest = source(first).partition("\n")
+    assert title.startswith("# ") and rest.strip().startswith("> "), "a title and a one-sentence summary come first"
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    assert max(text.count("\n") + 1 for text in code) <= 45, "cells hold one idea"
+    assert path.stat().st_size < 300_000
+    text = path.read_text()
+    assert not re.search(r'"(/home/|/root/|/Users/|/tmp/)', text), "no paths of one machine"
+    assert not any(output["output_type"] == "error" for cell in cells(path) for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_exported_definitions_have_an_example(name):
+    """At least nine of ten exported definitions are used in a cell that is not exported."""
+    path = next(path for path in NOTEBOOKS if f"#| default_exp {name}" in path.read_text())
+    exported, examples = [], ""
+    for text in (source(cell) for cell in cells(path) if cell["cell_type"] == "code"):
+        if re.match(r"#\|\s*exports?\b", text):
+            exported += [node.name for node in ast.parse(text).body
+                         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+        else:
+            examples += text
+    unused = [definition for definition in exported if not re.search(rf"\b{definition}\b", examples)]
+    assert len(unused) <= len(exported) / 10, f"no example uses {unused}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_import_only_from_lower_numbers(name):
+    tree = ast.parse((ROOT / "sdworker" / f"{name}.py").read_text())
+    used = {node.module.split(".")[1] for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdworker.")}
+    assert all(MODULES[other] < MODULES[name] for other in used), f"{name} imports {used}"
+
+
+def test_importing_sdworker_is_cheap():
+    heavy = "torch transformers diffusers runpod numpy pydantic".split()
+    code = f"import sys, sdworker; sys.exit(', '.join(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"import sdworker brings {done.stderr}"
+
+
+def test_refusing_a_request_needs_no_torch():
+    code = ("import sys; from sdworker.handler import handler; "
+            "assert 'width' in handler({'input': {'prompt': 'x', 'width': 65}})['error']; "
+            "sys.exit(1 if 'torch' in sys.modules else 0)")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_readme_is_made_from_the_index():
+    command = [sys.executable, ROOT / "docs" / "notebooks.py", "--readme", "-"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "README.md").read_text() == done.stdout, "README.md is stale; run `make notebooks`"
+
+
+def test_readme_commands_are_the_ones_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.search(r"```sh\n(make demo[^\n]*)\n(make test[^\n]*)\n```", readme)
+    assert commands, "the README shows the two commands in one block"
+    test = commands[2].split("#")[0].strip()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert ci[-1] == test == "make test"
+
+
+def test_settings_ini_is_the_source_of_metadata():
+    from importlib.metadata import metadata
+
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    installed, wanted = metadata("sdworker"), parser["DEFAULT"]
+    assert installed["Version"] == wanted["version"] and installed["Summary"] == wanted["description"]
+    names = {re.match(r"[\w-]+", line)[0] for line in installed.get_all("Requires-Dist") if "extra ==" not in line}
+    assert names == {re.match(r"[\w-]+", line)[0] for line in wanted["requirements"].split()}

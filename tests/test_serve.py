@@ -1,0 +1,90 @@
+"""`sdworker serve` as a process, over real HTTP on the SDK's own local API."""
+
+import json
+import os
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from sdworker.demo import free_port, serving
+from sdworker.embedded import judge
+from sdworker.images import from_data_uri
+
+PROMPT = "a large red star on a blue background"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serving() as client:
+        yield client
+
+
+def ask(client: httpx.Client, **fields) -> dict:
+    answer = client.post("/runsync", json={"input": fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_runsync_draws(client):
+    answer = ask(client, prompt=PROMPT, seed=7)
+    output = answer["output"]
+    assert answer["status"] == "COMPLETED"
+    assert set(output) == {"images", "seed", "seeds", "timings", "warnings", "model"}
+    assert all(judge(from_data_uri(output["images"][0]), PROMPT).values())
+    assert output["seeds"] == [7] and output["timings"]["total"] > output["timings"]["denoise"] > 0
+
+
+def test_run_and_status(client):
+    job = client.post("/run", json={"input": {"prompt": PROMPT, "num_images": 2, "seed": 1}}).json()["id"]
+    output = client.post(f"/status/{job}").json()["output"]
+    assert output["seeds"] == [1, 2] and len(output["images"]) == 2
+
+
+def test_each_image_can_be_drawn_again_alone(client):
+    both = ask(client, prompt=[PROMPT, "a small black cross on yellow"], num_images=2, seed=50)["output"]
+    alone = ask(client, prompt="a small black cross on yellow", seed=both["seeds"][3])["output"]
+    pictures = [list(from_data_uri(text).tobytes()) for text in (both["images"][3], alone["images"][0])]
+    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 2
+
+
+@pytest.mark.parametrize(("fields", "named"), [
+    ({}, "prompt is missing"), ({"prompt": ""}, "prompt is ''"), ({"prompt": 3}, "prompt is 3"),
+    ({"prompt": "x", "width": 65}, "width is 65: should be a multiple of 8"),
+    ({"prompt": "x", "height": 10**9}, "height is 1000000000: should be from 8 to 1536"),
+    ({"prompt": "x", "num_images": 99}, "num_images is 99"),
+    ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps is 0"),
+    ({"prompt": "x", "seed": "7"}, "seed is '7'"), ({"prompt": "x", "shceduler": "DDIM"}, "shceduler is not known"),
+])
+def test_bad_input_is_named_and_the_worker_lives(client, fields, named):
+    answer = ask(client, **fields)
+    assert answer["status"] == "FAILED" and answer["error"].startswith(named)
+    assert ask(client, prompt=PROMPT, seed=7, num_inference_steps=2)["status"] == "COMPLETED"
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sdworker.cli", *arguments], env={**os.environ, **environment},
+                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(("environment", "said"), [
+    ({"SDWORKER_MODLE": "embedded"}, "did you mean SDWORKER_MODEL?"),
+    ({"SDWORKER_MAX_STEPS": "many"}, "SDWORKER_MAX_STEPS is 'many'"),
+    ({"SDWORKER_MODEL": "/no/such/folder"}, "there is no such folder"),
+])
+def test_a_wrong_setting_ends_the_start_with_one_sentence(environment, said):
+    done = cli("serve", "--port", str(free_port()), **environment)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_start_without_a_queue_says_so():
+    done = cli("start")
+    assert done.returncode == 1 and "RUNPOD_WEBHOOK_GET_JOB is not set" in done.stderr
+
+
+def test_generate_writes_pictures_and_json(tmp_path):
+    done = cli("generate", PROMPT, "-n", "2", "--seed", "7", "-o", str(tmp_path / "a folder"), "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and [image["seed"] for image in report["images"]] == [7, 8]
+    assert len(list((tmp_path / "a folder").glob("*.png"))) == 2
