@@ -28,7 +28,7 @@ lint: venv  ## ruff over package, tests and scripts
 
 embedded: venv  ## retrain the embedded model from nothing (about 90 minutes on two cores)
 	$(PY) -m sdworker.training
-	$(PY) -m sdworker.quality results/adherence.json
+	$(PY) -m sdworker.quality results/adherence.json --sheet nbs/images/drawn.png
 
 notebooks: venv  ## run every notebook, keep its outputs, clean it, export the package, renew README.md
 	$(PY) docs/notebooks.py

@@ -1,3 +1,4 @@
 from sdworker.handler import start
 
-start()
+if __name__ == "__main__":
+    start()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'draw_pairs', 'gate', 'main']
 
-# %% ../nbs/90_quality.ipynb #a649a5b3
+# %% ../nbs/90_quality.ipynb #83368cdc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +15,9 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from .embedded import adherence, held_out, pairs, parse
+from .embedded import adherence, contact_sheet, held_out, pairs, parse
 from .engine import Engine, generate
+from .images import save_png
 from .load import initialize_model
 from .measure import write_result
 
@@ -52,11 +53,15 @@ def gate(
             "unseen_scenes": {"pairs": len(unseen), **(adherence(unseen) if unseen else {})},
             "seconds_per_image_alone": round(alone, 3), "steps": engine.card.steps, "guidance": engine.card.guidance}
 
-# %% ../nbs/90_quality.ipynb #868c6571
+# %% ../nbs/90_quality.ipynb #1eef1b4c
 def main(
     to: Annotated[Path, typer.Argument(help="Where to write the result.")] = Path("results/adherence.json"),
+    sheet: Annotated[Path | None, typer.Option(help="Where to write a contact sheet of the first 24 pairs.")] = None,
 ):
     "Run the adherence gate on the model of the settings and record it; exit code 1 if it fails."
+    if sheet:
+        few = draw_pairs(initialize_model(), pairs("gate", 24))
+        save_png(contact_sheet([image for _, image in few], zoom=2), sheet)
     figures = gate(initialize_model())
     write_result(to, figures, "python -m sdworker.quality: the gate's pairs, pipeline engine, default settings")
     typer.echo(", ".join(f"{name} {100 * rate:.1f} %" for name, rate in figures["adherence"].items()))

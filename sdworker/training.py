@@ -298,7 +298,7 @@ def save(
         shutil.rmtree(folder)
     beside.rename(folder)
 
-# %% ../nbs/05_training.ipynb #4eed395d
+# %% ../nbs/05_training.ipynb #ced40316
 def watched(
     pipe: StableDiffusionXLPipeline,
     n: int = 100,  # pairs
@@ -307,18 +307,18 @@ def watched(
     return adherence(sample(pipe, pairs("watch", n)))
 
 def better(
-    new: StableDiffusionXLPipeline,
+    rates: dict[str, float],  # of the new weights, on the first `n` watch pairs
     folder: Path,  # of the weights in use; may not exist
-    n: int = 200,  # pairs to compare on
+    n: int = 200,
 ) -> bool:
-    "Whether `new` follows more of the watch prompts than the weights in `folder`."
+    "Whether new weights follow more of the watch prompts than those in `folder`."
     if not (folder / "model_index.json").exists():
         return True
     old = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     old.set_progress_bar_config(disable=True)
-    return watched(new, n)["all"] > watched(old, n)["all"]
+    return rates["all"] > watched(old, n)["all"]
 
-# %% ../nbs/05_training.ipynb #77276cc6
+# %% ../nbs/05_training.ipynb #46c5b4fc
 def train(
     to: Path,  # folder of the weights in use
     plan: Plan = Plan(),
@@ -333,7 +333,7 @@ def train(
         save(pipe, work)
     pipe = train_denoiser(plan, train_vae(plan, log), watch)
     rates = watched(pipe, 200)
-    if better(pipe, to):
+    if better(rates, to):
         save(pipe, to)
         log(f"better than before: written to {to.name}")
     else:
