@@ -61,7 +61,7 @@ def test_notebook_is_one_to_read(path):
     title, _, rest = source(first).partition("\n")
     assert title.startswith("# ") and rest.strip().startswith("> "), "a title and a one-sentence summary come first"
     code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
-    assert max(text.count("\n") + 1 for text in code) <= 45, "cells hold one idea"
+    assert max(text.count("\n") + 1 for text in code) <= 40, "cells hold one idea"
     assert path.stat().st_size < 300_000
     text = path.read_text()
     assert not re.search(r'"(/home/|/root/|/Users/|/tmp/)', text), "no paths of one machine"
