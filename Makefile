@@ -1,10 +1,11 @@
 # `make demo` and `make test` are all that is needed; both set up .venv first. `make help` lists the rest.
 PYTHON ?= python3
 PY := .venv/bin/python
+MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test lint in-step embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,7 +13,8 @@ help:  ## this list
 venv: .venv/ready  ## set up .venv and nothing else
 
 .venv/ready: settings.ini setup.py pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "sdworker needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; need = tuple(map(int, "$(MIN_PYTHON)".split("."))); sys.exit(0 if sys.version_info >= need else "sdworker needs Python $(MIN_PYTHON) or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
+	@echo "setting up .venv: a gigabyte or more to fetch, some minutes"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --editable '.[notebooks,docs,dev]'
 	@touch .venv/ready
@@ -33,8 +35,13 @@ embedded: venv  ## retrain the embedded model from nothing (about 90 minutes on 
 notebooks: venv  ## run every notebook, keep its outputs, clean it, export the package, renew README.md
 	$(PY) docs/notebooks.py
 
-hooks: venv  ## make git merge notebooks cell by cell and refuse unclean ones
+hooks: venv  ## git merges notebooks cell by cell and refuses unclean ones; Jupyter (~/.jupyter) saves them clean
 	.venv/bin/nbdev-install-hooks
+	printf '#!/bin/sh\nexec make --no-print-directory in-step\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
+	chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
+
+in-step: venv  ## are the notebooks clean, and the package what they export?
+	$(PY) -m pytest -q tests/test_in_step.py -k "clean or export"
 
 docs: venv  ## build the site into _docs
 	$(PY) docs/build.py

@@ -1,4 +1,6 @@
-from sdworker.handler import start
+import sys
+
+from sdworker.cli import app
 
 if __name__ == "__main__":
-    start()
+    app(["start", *sys.argv[1:]])

@@ -35,7 +35,8 @@ def readme() -> str:
     notebook = nbformat.read(NBS / "index.ipynb", 4)
     notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*hide\b", cell.source)]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|png))\)", r"](nbs/\1)", text)
+    text = re.sub(r"^#\s*NBVAL_\w+\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text).replace("](nbs/../", "](")
     return "<!-- Made from nbs/index.ipynb by `make notebooks`; edit that. -->\n\n" + text.strip() + "\n"
 
 
@@ -51,9 +52,13 @@ def main() -> None:
     nbdev("nbdev-export")
     wanted = chosen.notebooks or [""]
     paths = [path for path in sorted(NBS.glob("*.ipynb")) if any(part in path.name for part in wanted)]
-    for path in track(paths, "running notebooks"):
-        run(path)
-    nbdev("nbdev-clean")
+    if not paths:
+        raise SystemExit(f"no notebook is called so: {', '.join(wanted)}")
+    try:
+        for path in track(paths, "running notebooks"):
+            run(path)
+    finally:
+        nbdev("nbdev-clean")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")
 
 

@@ -90,13 +90,14 @@ def generate(
     for warning in report["warnings"]:
         typer.echo(f"sdworker: {warning}", err=True)
 
-# %% ../nbs/99_cli.ipynb #0b95fc13
+# %% ../nbs/99_cli.ipynb #208e2b21
 def _generate(asked: dict, out: Path, shown: bool) -> dict:
     "Check, load, draw, write."
     from sdworker.load import initialize_model, model_card
 
     card, chosen = model_card(), settings()
     request = parse_request(asked, card, chosen)
+    out.mkdir(parents=True, exist_ok=True)  # a name that cannot be a folder is found out before the work, not after
     with _bar(shown) as on_step:
         engine = initialize_model()
         from sdworker.engine import generate as draw
@@ -105,13 +106,13 @@ def _generate(asked: dict, out: Path, shown: bool) -> dict:
     return {"images": _write(drawn, out), "timings": drawn.timings.rounded(),
             "warnings": advice(request, card), "model": {"name": card.name, "pipeline": card.pipeline}}
 
-# %% ../nbs/99_cli.ipynb #c8445d87
+# %% ../nbs/99_cli.ipynb #642a777c
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
+    port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8000,
 ):
-    """Serve the SDK's local API: /run, /runsync, /status.
+    r"""Serve the SDK's local API: /run, /runsync, /status.
 
     Example:
 
@@ -126,17 +127,22 @@ def serve(
         serve(host, port)
 
 @app.command()
-def start():
+def start(
+    test_input: Annotated[str | None, typer.Option(
+        "--test-input", "--test_input", help="Answer this one job, given as JSON, and end.")] = None,
+):
     """Take jobs from RunPod's queue: what the container runs.
 
-    Example:
+    Examples:
 
         SDWORKER_LOAD=eager sdworker start
+
+        sdworker start --test-input '{"input": {"prompt": "a red star"}}'
     """
     from sdworker.handler import start
 
     with _plain_errors():
-        start()
+        start(test_input)
 
 # %% ../nbs/99_cli.ipynb #a535c96a
 @app.callback(invoke_without_command=True)

@@ -73,13 +73,15 @@ def _run(arguments: list[str]) -> None:
     sys.argv = [sys.argv[0], *arguments]
     runpod.serverless.start({"handler": handler})
 
-# %% ../nbs/45_handler.ipynb #2b15a0d5
-def start() -> None:
-    "Take jobs from RunPod's queue until told to stop; with `--test_input JSON`, answer that one job and end."
-    if "RUNPOD_WEBHOOK_GET_JOB" not in os.environ and not any(a.startswith("--test_input") for a in sys.argv):
+# %% ../nbs/45_handler.ipynb #0da475af
+def start(
+    test_input: str | None = None,  # a job as JSON, {"input": {...}}: answer it and end
+) -> None:
+    "Take jobs from RunPod's queue until told to stop."
+    if test_input is None and "RUNPOD_WEBHOOK_GET_JOB" not in os.environ:
         raise SettingsError("RUNPOD_WEBHOOK_GET_JOB is not set, so there is no queue to take jobs from; "
                             "RunPod sets it, elsewhere use `sdworker serve`.")
-    _run(sys.argv[1:] if any(a.startswith("--test_input") for a in sys.argv) else [])
+    _run([] if test_input is None else ["--test_input", test_input])
 
 def serve(
     host: str = "127.0.0.1",  # address to listen on

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'resolve', 'model_card', 'place', 'initialize_model']
 
-# %% ../nbs/31_load.ipynb #2c5aaf7b
+# %% ../nbs/31_load.ipynb #527f82a8
 import logging
 import threading
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,12 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/31_load.ipynb #877b9a40
+# %% ../nbs/31_load.ipynb #06981bfc
 def resolve(
     chosen: Settings,
+    weights: bool = True,  # False: for a model id, only its configuration files
 ) -> Path:  # a folder in diffusers' layout
-    "Find the folder of the model that the settings ask for, downloading it if it is a model id; or raise `ModelError`."
+    "Find the folder of the model that the settings ask for, downloading what a model id lacks; or raise `ModelError`."
     model = chosen.model
     if model == "embedded":
         return EMBEDDED
@@ -34,31 +36,39 @@ def resolve(
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ModelError(f"SDWORKER_MODEL is {model!r}, and there is no such folder; "
                          "give `embedded`, a folder, or a model id like owner/name.")
-    return _download(model, chosen.revision)
+    try:
+        return (_weights if weights else _configuration)(model, chosen.revision)
+    except Exception as error:  # offline, a wrong id, a gated model: the hub raises a dozen kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"SDWORKER_MODEL is {model!r}: no such folder, and not to be had from the hub ({reason}); "
+                         "check the spelling, the network and, for a gated model, HF_TOKEN.") from error
 
-# %% ../nbs/31_load.ipynb #fb162b2a
-def _download(
-    model: str,  # owner/name
-    revision: str | None,
-) -> Path:  # the snapshot's folder
-    "Get a model from the hub's cache, or from the hub."
+# %% ../nbs/31_load.ipynb #8b49c2ee
+_CARD_FILES = ["model_index.json", "*/config.json", "sdworker.json"]
+
+def _configuration(model: str, revision: str | None) -> Path:
+    "The hub's cache, with at least the files that a card is read from."
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, allow_patterns=_CARD_FILES))
+
+def _weights(model: str, revision: str | None) -> Path:
+    "The hub's cache, with the whole pipeline."
     from diffusers import DiffusionPipeline
 
-    failures = []
-    for variant in ("fp16", None):
-        try:
-            return Path(DiffusionPipeline.download(model, revision=revision, variant=variant, use_safetensors=True))
-        except Exception as error:  # offline, a wrong id, a gated model, no such variant: the hub raises many kinds
-            failures.append(str(error).strip().split("\n")[0])
-    raise ModelError(f"SDWORKER_MODEL is {model!r}: no such folder, and not to be had from the hub ({failures[-1]}); "
-                     "check the spelling, the network and, for a gated model, HF_TOKEN.")
+    def fetch(variant: str | None) -> Path:
+        return Path(DiffusionPipeline.download(model, revision=revision, variant=variant, use_safetensors=True))
+    try:
+        return fetch("fp16")
+    except ValueError:  # what diffusers raises for a repository without that variant
+        return fetch(None)
 
-# %% ../nbs/31_load.ipynb #3cceb4cf
+# %% ../nbs/31_load.ipynb #011cfcc5
 @lru_cache(maxsize=1)
 def model_card() -> ModelCard:
     "The card of the model that the settings ask for."
     chosen = settings()
-    return read_card(resolve(chosen), chosen.model)
+    return read_card(resolve(chosen, weights=False), chosen.model)
 
 # %% ../nbs/31_load.ipynb #9248a465
 def place(
@@ -75,7 +85,7 @@ def place(
     dtype = chosen.dtype if chosen.dtype != "auto" else "float16" if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/31_load.ipynb #99dc04a6
+# %% ../nbs/31_load.ipynb #37d6c8ea
 _lock = threading.Lock()
 _engine: "Engine | None" = None
 
@@ -88,7 +98,8 @@ def initialize_model() -> "Engine":
             log.info("Loading model...")
             from sdworker.engine import PipelineEngine
 
-            _engine = PipelineEngine(model_card(), *place(settings()))
+            card = replace(model_card(), folder=resolve(settings()))
+            _engine = PipelineEngine(card, *place(settings()))
             log.info("Loaded %s in %.2f s on %s in %s", _engine.card.name, time.perf_counter() - start,
                      _engine.device, _engine.dtype)
     return _engine

@@ -49,7 +49,7 @@ class Request(BaseModel):
                 "width": self.width, "height": self.height, "steps": self.num_inference_steps,
                 "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images}
 
-# %% ../nbs/40_request.ipynb #3ea64f90
+# %% ../nbs/40_request.ipynb #7fc9916b
 class RequestError(ValueError):
     "A request that cannot be carried out; the message is for its sender."
 
@@ -66,9 +66,10 @@ def _breaches(request: Request, card: ModelCard, limits: Settings) -> Iterator[s
     steps = request.num_inference_steps
     if steps is not None and not 1 <= steps <= limits.max_steps:
         yield f"num_inference_steps is {steps}: should be from 1 to {limits.max_steps}."
-    for text in (*request.prompt, request.negative_prompt or ""):
+    texts = [("prompt", text) for text in request.prompt] + [("negative_prompt", request.negative_prompt or "")]
+    for name, text in texts:
         if len(text) > limits.max_prompt:
-            yield f"prompt has {len(text)} characters: should have at most {limits.max_prompt}."
+            yield f"{name} has {len(text)} characters: should have at most {limits.max_prompt}."
     images = len(request.prompt) * request.num_images
     if images > limits.max_images:
         yield (f"num_images is {request.num_images} for {len(request.prompt)} prompt(s), {images} images in all: "
@@ -76,7 +77,7 @@ def _breaches(request: Request, card: ModelCard, limits: Settings) -> Iterator[s
     if isinstance(request.seed, list) and len(request.seed) != images:
         yield f"seed has {len(request.seed)} entries for {images} images: give one for each, or a single number."
 
-# %% ../nbs/40_request.ipynb #e5aedc6b
+# %% ../nbs/40_request.ipynb #7b2deced
 def parse_request(
     given: Any,  # a job's "input"
     card: ModelCard,  # of the model that will draw
@@ -88,7 +89,7 @@ def parse_request(
     try:
         request = Request(**{str(name): value for name, value in given.items()})
     except ValidationError as error:
-        raise RequestError(complaint(error)) from None
+        raise RequestError(complaint(error, private=("prompt", "negative_prompt"))) from None
     for breach in _breaches(request, card, limits):
         raise RequestError(breach)
     return request

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Settings', 'complaint', 'SettingsError', 'read_settings', 'settings', 'settings_table']
 
-# %% ../nbs/01_settings.ipynb #d125cc78
+# %% ../nbs/01_settings.ipynb #3d94e4de
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Literal
 
@@ -40,23 +40,23 @@ class Settings(BaseSettings):
     max_prompt: int = Field(2000, ge=1, le=100_000, description="Longest prompt, characters")
     log_prompts: bool = Field(False, description="Write prompts into the log")
 
-# %% ../nbs/01_settings.ipynb #b4629a80
+# %% ../nbs/01_settings.ipynb #237eae4f
 def complaint(
     error: ValidationError,  # from any pydantic model
     name: Callable[[str], str] = str,  # turns a field's name into the one that the user knows
+    private: Container[str] = (),  # fields whose value is not to be repeated
 ) -> str:  # one sentence, about the first thing that is wrong
     "Say in one sentence which field is wrong, what it was, and what it may be."
     first = error.errors(include_url=False)[0]
-    field = name(".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()))
+    field = name(_short(str(first["loc"][0])))
     if first["type"] == "missing":
         return f"{field} is missing; it is required."
     if first["type"] == "extra_forbidden":
         return f"{field} is not known here; remove it."
     must = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removesuffix(".")
-    return f"{field} is {_short(first['input'])}: {must}."
+    return f"{field} {must}." if field in private else f"{field} is {_short(repr(first['input']))}: {must}."
 
-def _short(value, longest: int = 60) -> str:
-    text = repr(value)
+def _short(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 # %% ../nbs/01_settings.ipynb #16ab022c

@@ -1,6 +1,8 @@
 """The wheel works in a fresh virtual environment, outside the checkout."""
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from sdworker.embedded import judge
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,4 +52,21 @@ def test_fresh_environment_draws(wheel, tmp_path):
     command = [home / "bin" / "sdworker", "generate", "a large red star on a blue background", "--json"]
     done = subprocess.run([*command, "-o", tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(json.loads(done.stdout)["images"][0]["path"]).exists()
+    assert all(judge(Image.open(json.loads(done.stdout)["images"][0]["path"]), command[2]).values())
+
+
+def test_every_import_is_a_declared_dependency(wheel):
+    """The environment above would hide a forgotten one."""
+    imported = set()
+    for path in (ROOT / "sdworker").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            imported |= {name.split(".")[0] for name in names}
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA")))
+    declared = {line.split(": ")[1] for line in metadata.decode().splitlines()
+                if line.startswith("Requires-Dist") and "extra ==" not in line}
+    provides = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    declared = {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in declared}
+    needed = {provides.get(name, name).replace("_", "-") for name in imported - sys.stdlib_module_names - {"sdworker"}}
+    assert needed <= declared, f"not in settings.ini: {needed - declared}"

@@ -1,4 +1,4 @@
-"""`sdworker start`, the production loop of the unmodified SDK, against a queue on 127.0.0.1."""
+"""`.runpod/handler.py`, the production loop of the unmodified SDK, against a queue on 127.0.0.1."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from sdworker.embedded import judge
 from sdworker.images import from_data_uri
 
 PROMPT = "a large red star on a blue background"
+HANDLER = Path(__file__).parent.parent / ".runpod" / "handler.py"  # what RunPod starts
 
 
 class Queue:
@@ -66,7 +68,7 @@ async def work_through(jobs: list[dict]) -> tuple[dict[str, dict], str]:
         "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID", "RUNPOD_AI_API_KEY": "none",
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
     }
-    worker = subprocess.Popen([sys.executable, "-m", "sdworker.cli", "start"], env=environment, text=True,
+    worker = subprocess.Popen([sys.executable, HANDLER], env=environment, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         await asyncio.wait_for(queue.done.wait(), 120)
@@ -85,10 +87,11 @@ def test_production_loop_answers_good_and_bad_jobs():
     answers, log = asyncio.run(work_through([
         {"id": "bad", "input": {"prompt": PROMPT, "width": 100}},
         {"id": "good", "input": {"prompt": PROMPT, "seed": 7}},
-        {"id": "worse", "input": {"prompt": None}},
+        {"id": "worse", "input": {"prompt": [PROMPT, 5]}},
         {"id": "again", "input": {"prompt": PROMPT, "seed": 7}},
     ]))
-    assert answers["bad"]["error"].startswith("width is 100") and answers["worse"]["error"].startswith("prompt is None")
+    assert answers["bad"]["error"].startswith("width is 100")
+    assert answers["worse"]["error"].startswith("prompt should be text")
     image = answers["good"]["output"]["images"][0]
     assert all(judge(from_data_uri(image), PROMPT).values())
     assert answers["again"]["output"]["images"][0] == image, "one process, one seed, one picture"

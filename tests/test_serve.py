@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -50,7 +51,7 @@ def test_each_image_can_be_drawn_again_alone(client):
 
 
 @pytest.mark.parametrize(("fields", "named"), [
-    ({}, "prompt is missing"), ({"prompt": ""}, "prompt is ''"), ({"prompt": 3}, "prompt is 3"),
+    ({}, "prompt is missing"), ({"prompt": ""}, "prompt should not be empty"), ({"prompt": 3}, "prompt should be text"),
     ({"prompt": "x", "width": 65}, "width is 65: should be a multiple of 8"),
     ({"prompt": "x", "height": 10**9}, "height is 1000000000: should be from 8 to 1536"),
     ({"prompt": "x", "num_images": 99}, "num_images is 99"),
@@ -78,9 +79,41 @@ def test_a_wrong_setting_ends_the_start_with_one_sentence(environment, said):
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
+HANDLER = Path(__file__).parent.parent / ".runpod" / "handler.py"
+
+
 def test_start_without_a_queue_says_so():
     done = cli("start")
     assert done.returncode == 1 and "RUNPOD_WEBHOOK_GET_JOB is not set" in done.stderr
+
+
+def test_handler_file_answers_a_test_input():
+    command = [sys.executable, HANDLER, "--test_input", json.dumps({"input": {"prompt": PROMPT, "seed": 7}})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "completed successfully" in done.stdout
+
+
+def test_handler_file_names_a_wrong_setting():
+    wrong = {"SDWORKER_DTYPE": "float8", "RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/x?"}
+    done = subprocess.run([sys.executable, HANDLER], env=os.environ | wrong, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("sdworker: SDWORKER_DTYPE is 'float8'")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["generate", "x", "--width", "100"], "width is 100: should be a multiple of 8"),
+    (["generate", ""], "prompt should not be empty"),
+    (["generate", "x", "-n", "many"], "'many' is not a valid int"),
+    (["serve", "--port", "99999"], "99999 is not in the range"),
+])
+def test_wrong_arguments_are_named(arguments, said):
+    done = cli(*arguments, COLUMNS="200")
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    done = cli("generate", "x", "-o", str(tmp_path / "out"))
+    assert done.returncode == 1 and "File exists" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_generate_writes_pictures_and_json(tmp_path):

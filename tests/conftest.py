@@ -1,0 +1,7 @@
+"""Tests run with default settings, whatever the shell has."""
+
+import os
+
+for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
+    if name != "SDWORKER_DATA":
+        del os.environ[name]
