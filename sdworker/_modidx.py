@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdworker.demo.table': ('demo.html#table', 'sdworker/demo.py'),
                                'sdworker.demo.verdicts': ('demo.html#verdicts', 'sdworker/demo.py')},
             'sdworker.embedded': { 'sdworker.embedded.Scene': ('embedded.html#scene', 'sdworker/embedded.py'),
+                                   'sdworker.embedded._fit': ('embedded.html#_fit', 'sdworker/embedded.py'),
                                    'sdworker.embedded._nearest': ('embedded.html#_nearest', 'sdworker/embedded.py'),
                                    'sdworker.embedded._ngon': ('embedded.html#_ngon', 'sdworker/embedded.py'),
                                    'sdworker.embedded._overlap': ('embedded.html#_overlap', 'sdworker/embedded.py'),

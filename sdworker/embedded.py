@@ -202,7 +202,7 @@ def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] |
     strange = np.linalg.norm(pixels - back - share[..., None] * axis, axis=-1) > 70
     return None if max(_pieces(strange)[1], default=0) > STRAY else (back, front, share)
 
-# %% ../nbs/04_embedded.ipynb #89b9a5d1
+# %% ../nbs/04_embedded.ipynb #b9702bf3
 @lru_cache(maxsize=4096)
 def _template(shape: str, cx: float, cy: float, half: float) -> np.ndarray:
     return coverage(shape, cx, cy, half)
@@ -210,6 +210,11 @@ def _template(shape: str, cx: float, cy: float, half: float) -> np.ndarray:
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     "Soft intersection over union of two masks in 0..1."
     return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
+
+def _fit(share: np.ndarray, shape: str, cx: float, cy: float, half: float, shifts: tuple[float, ...]) -> float:
+    "Best overlap of an outline drawn into a box, the box grown a little and moved by up to `shifts` pixels."
+    places = [(cx + dx, cy + dy) for dx in shifts for dy in shifts if 0 in (dx, dy)]
+    return max(_overlap(share, _template(shape, *place, half + more)) for place in places for more in (0, 0.7, 1.4))
 
 def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     "Size from the bounding box; shape from the outline that overlaps best when drawn into it."
@@ -219,12 +224,10 @@ def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     (top, bottom), (left, right) = ((v.min(), v.max() + 1) for v in np.nonzero(piece))
     longer = max(bottom - top, right - left)
     size = "small" if longer <= 30 else "large" if longer >= 36 else None
-    middle = ((left + right) / 2, (top + bottom) / 2)
-    grown = [longer / 2 + more for more in (0, 0.7, 1.4)]  # thin tips fall below one half and shorten the box
-    fits = sorted(((max(_overlap(share, _template(shape, *middle, half)) for half in grown), shape)
-                   for shape in SHAPES), reverse=True)
-    (best, shape), (second, _) = fits[:2]
-    return size, shape if best >= 0.8 and best - second >= 0.04 else None
+    box = ((left + right) / 2, (top + bottom) / 2, longer / 2)  # thin tips fall below one half: it may be short
+    likely = sorted(SHAPES, key=lambda shape: _fit(share, shape, *box, (0,)))[-2:]
+    (second, _), (best, shape) = sorted((_fit(share, shape, *box, (-0.5, 0, 0.5)), shape) for shape in likely)
+    return size, shape if best >= 0.75 and best - second >= 0.04 else None
 
 # %% ../nbs/04_embedded.ipynb #f4a2c179
 def check(

@@ -320,20 +320,20 @@ def rate_in_use(
     pipe.set_progress_bar_config(disable=True)
     return watched(pipe, n)["all"]
 
-# %% ../nbs/05_training.ipynb #52d7947a
+# %% ../nbs/05_training.ipynb #28104227
 def train(
     to: Path,  # folder of the weights in use
     plan: Plan = Plan(),
     log: Callable[[str], None] = print,
-) -> dict[str, float]:  # adherence of the new weights on the watch pairs
+) -> dict[str, float]:  # adherence of the new weights on the watch pairs, after the last step
     "Train a model from nothing and keep it if it is better than the one in `to`."
-    before = rate_in_use(to)  # first, so that weights which cannot be read end the run now
+    before = rate_in_use(to, plan.watch_pairs)  # first, so that weights which cannot be read end the run now
+    rates = {}
 
     def watch(step: int, pipe: StableDiffusionXLPipeline):
-        rates = watched(pipe, plan.watch_pairs)
+        rates.update(watched(pipe, plan.watch_pairs))
         log(f"step {step}: " + ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items()))
     pipe = train_denoiser(plan, train_vae(plan, log), watch)
-    rates = watched(pipe)
     if rates["all"] > before:
         save(pipe, to)
         log(f"better than before: written to {to.name}")
