@@ -34,6 +34,7 @@ def readme() -> str:
     """README.md from index.ipynb: its code and pictures, without directives, with links that work one folder up."""
     notebook = nbformat.read(NBS / "index.ipynb", 4)
     notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*hide\b", cell.source)]
+    notebook.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r"^#\s*NBVAL_\w+\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text).replace("](nbs/../", "](")
