@@ -127,7 +127,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sdworker.training.make_text_encoder': ('training.html#make_text_encoder', 'sdworker/training.py'),
                                    'sdworker.training.make_tokenizer': ('training.html#make_tokenizer', 'sdworker/training.py'),
                                    'sdworker.training.make_vae': ('training.html#make_vae', 'sdworker/training.py'),
-                                   'sdworker.training.noise_loss': ('training.html#noise_loss', 'sdworker/training.py'),
                                    'sdworker.training.rate_in_use': ('training.html#rate_in_use', 'sdworker/training.py'),
                                    'sdworker.training.sample': ('training.html#sample', 'sdworker/training.py'),
                                    'sdworker.training.save': ('training.html#save', 'sdworker/training.py'),
@@ -135,4 +134,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sdworker.training.train_denoiser': ('training.html#train_denoiser', 'sdworker/training.py'),
                                    'sdworker.training.train_vae': ('training.html#train_vae', 'sdworker/training.py'),
                                    'sdworker.training.training_prompt': ('training.html#training_prompt', 'sdworker/training.py'),
+                                   'sdworker.training.velocity_loss': ('training.html#velocity_loss', 'sdworker/training.py'),
                                    'sdworker.training.watched': ('training.html#watched', 'sdworker/training.py')}}}

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'STEPS', 'GUIDANCE', 'Plan', 'make_tokenizer', 'make_vae', 'make_text_encoder', 'make_denoiser', 'train_vae',
-           'training_prompt', 'encode_text', 'Bundle', 'noise_loss', 'make_scheduler', 'assemble', 'sample',
+           'training_prompt', 'encode_text', 'Bundle', 'velocity_loss', 'make_scheduler', 'assemble', 'sample',
            'encoded_pictures', 'train_denoiser', 'save', 'watched', 'rate_in_use', 'train', 'main']
 
-# %% ../nbs/05_training.ipynb #efcc96aa
+# %% ../nbs/05_training.ipynb #1fc6e0fa
 import copy
 import json
 import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Annotated
@@ -32,17 +32,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .card import EMBEDDED
 from .embedded import ATTRIBUTES, SIDE, adherence, draw, held_out, pairs, phrase, scenes
+from .measure import write_result
 
-# %% ../nbs/05_training.ipynb #8758b5f8
+# %% ../nbs/05_training.ipynb #0635cf55
 @dataclass(frozen=True)
 class Plan:
     "How much training to do. Steps are optimizer steps."
     vae_steps: int = 2500  # at batch `vae_batch`; the last seventh on whole pictures, the rest on quarters
     vae_batch: int = 16  # pictures
     pictures: int = 12288  # drawn once and encoded once for the denoiser
-    steps: int = 3600  # of the denoiser and the text encoders together
+    steps: int = 3200  # of the denoiser and the text encoders together
     batch: int = 48  # latents
-    watch_every: int = 600  # steps between looks at the adherence
+    watch_every: int = 800  # steps between looks at the adherence
     watch_pairs: int = 100  # pictures of one look
     seed: int = 0  # of everything
 
@@ -166,7 +167,7 @@ def encode_text(
     first, second = (encoder(ids, output_hidden_states=True) for encoder in encoders)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
-# %% ../nbs/05_training.ipynb #ab43f9ae
+# %% ../nbs/05_training.ipynb #19ea7d06
 class Bundle(torch.nn.Module):
     "What stage two trains, as one module."
     def __init__(self, tokenizer: CLIPTokenizer):
@@ -175,14 +176,14 @@ class Bundle(torch.nn.Module):
         self.encoders = torch.nn.ModuleList(
             [make_text_encoder(kind, tokenizer) for kind in (CLIPTextModel, CLIPTextModelWithProjection)])
 
-def noise_loss(
+def velocity_loss(
     bundle: Bundle,
     tokenizer: CLIPTokenizer,
     scheduler: EulerDiscreteScheduler,  # its noise levels are used
     latents: torch.Tensor,  # (n, 4, 16, 16), unit variance
     prompts: list[str],  # n
 ) -> torch.Tensor:  # a scalar
-    "Error in naming the noise, weighted over noise levels."
+    "Squared error of the velocity, weighted over noise levels."
     n = len(prompts)
     hidden, pooled = encode_text(bundle.encoders, tokenizer, prompts)
     keep = (torch.rand(n) > 0.1).float()
@@ -193,17 +194,19 @@ def noise_loss(
     noise = torch.randn_like(latents)
     guess = bundle.denoiser(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, hidden * keep.view(n, 1, 1),
                             added_cond_kwargs={"text_embeds": pooled * keep.view(n, 1), "time_ids": sizes}).sample
-    snr = (alpha / (1 - alpha)).flatten()
-    return ((guess - noise).square().mean(dim=(1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+    error = (guess - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents).square().mean(dim=(1, 2, 3))
+    signal_to_noise = (alpha / (1 - alpha)).flatten()
+    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()
 
-# %% ../nbs/05_training.ipynb #dd9179b4
+# %% ../nbs/05_training.ipynb #0d6f03c7
 def make_scheduler() -> EulerDiscreteScheduler:
-    "SDXL's noise levels; the steps end at the noisiest one, which keeps flat backgrounds flat."
+    "SDXL's noise levels, stretched to end in pure noise, for a denoiser that names the velocity."
     return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                  num_train_timesteps=1000, timestep_spacing="trailing")
+                                  num_train_timesteps=1000, timestep_spacing="trailing",
+                                  prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
-# %% ../nbs/05_training.ipynb #a56f126e
-STEPS, GUIDANCE = 20, 5.0  # what the model is meant to be drawn with
+# %% ../nbs/05_training.ipynb #1078ed38
+STEPS, GUIDANCE = 20, 3.0  # what the model is meant to be drawn with
 
 def assemble(
     vae: AutoencoderKL,
@@ -253,7 +256,7 @@ def _running_average(average: torch.Tensor, value: torch.Tensor, count: torch.Te
     "Exponential average over about 500 steps, over fewer at the beginning, so that the random start is forgotten."
     return average.lerp(value, 1 - min(0.998, (1 + count.item()) / (10 + count.item())))
 
-# %% ../nbs/05_training.ipynb #6c58fa24
+# %% ../nbs/05_training.ipynb #35208f93
 def train_denoiser(
     plan: Plan,
     vae: AutoencoderKL,  # finished
@@ -272,7 +275,7 @@ def train_denoiser(
         for step in progress.track(range(1, plan.steps + 1), task_id=progress.add_task("denoiser", note="")):
             chosen = rng.sample(range(plan.pictures), plan.batch)
             prompts = [training_prompt(shown[k], rng) for k in chosen]
-            loss = noise_loss(bundle, tokenizer, scheduler, latents[chosen], prompts)
+            loss = velocity_loss(bundle, tokenizer, scheduler, latents[chosen], prompts)
             _descend(loss, bundle.parameters(), optimizer, schedule)
             average.update_parameters(bundle)
             if step % plan.watch_every == 0 or step == plan.steps:
@@ -320,35 +323,38 @@ def rate_in_use(
     pipe.set_progress_bar_config(disable=True)
     return watched(pipe, n)["all"]
 
-# %% ../nbs/05_training.ipynb #28104227
+# %% ../nbs/05_training.ipynb #bc5e88df
 def train(
     to: Path,  # folder of the weights in use
     plan: Plan = Plan(),
     log: Callable[[str], None] = print,
-) -> dict[str, float]:  # adherence of the new weights on the watch pairs, after the last step
+) -> list[dict[str, float]]:  # step and adherence on the watch pairs, for each look
     "Train a model from nothing and keep it if it is better than the one in `to`."
     before = rate_in_use(to, plan.watch_pairs)  # first, so that weights which cannot be read end the run now
-    rates = {}
+    looks = []
 
     def watch(step: int, pipe: StableDiffusionXLPipeline):
-        rates.update(watched(pipe, plan.watch_pairs))
+        rates = watched(pipe, plan.watch_pairs)
+        looks.append({"step": step} | rates)
         log(f"step {step}: " + ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items()))
     pipe = train_denoiser(plan, train_vae(plan, log), watch)
-    if rates["all"] > before:
+    if looks[-1]["all"] > before:
         save(pipe, to)
         log(f"better than before: written to {to.name}")
     else:
         log("not better than the weights in use, which stay")
-    return rates
+    return looks
 
-# %% ../nbs/05_training.ipynb #7637f268
+# %% ../nbs/05_training.ipynb #1db88718
 def main(
     to: Annotated[Path, typer.Argument(help="Folder of the weights in use.")] = EMBEDDED,
     steps: Annotated[int, typer.Option(help="Steps of the denoiser.")] = Plan.steps,
     vae_steps: Annotated[int, typer.Option(help="Steps of the VAE.")] = Plan.vae_steps,
+    record: Annotated[Path, typer.Option(help="Where to write how it went.")] = Path("results/training.json"),
 ):
     "Train the embedded model from nothing; keep it if it is better. About 90 minutes on two cores."
-    train(to, Plan(steps=steps, vae_steps=vae_steps))
+    plan = Plan(steps=steps, vae_steps=vae_steps)
+    write_result(record, {"plan": asdict(plan), "looks": train(to, plan)}, "python -m sdworker.training")
 
 if __name__ == "__main__" and "__file__" in globals():
     typer.run(main)
