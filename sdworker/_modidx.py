@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sdworker.training.rate_in_use': ('training.html#rate_in_use', 'sdworker/training.py'),
                                    'sdworker.training.sample': ('training.html#sample', 'sdworker/training.py'),
                                    'sdworker.training.save': ('training.html#save', 'sdworker/training.py'),
+                                   'sdworker.training.saved': ('training.html#saved', 'sdworker/training.py'),
                                    'sdworker.training.train': ('training.html#train', 'sdworker/training.py'),
                                    'sdworker.training.train_denoiser': ('training.html#train_denoiser', 'sdworker/training.py'),
                                    'sdworker.training.train_vae': ('training.html#train_vae', 'sdworker/training.py'),

@@ -178,13 +178,12 @@ def keep(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(_page(outcomes), encoding="utf-8")
 
-# %% ../nbs/49_demo.ipynb #44b88840
+# %% ../nbs/49_demo.ipynb #3a18b5cf
 def table(outcomes: list[Outcome]) -> Table:
     "The outcomes for the terminal."
     shown = Table("request", "prompt", "seed", "verdict", "seconds", title="Six requests over HTTP")
     for outcome in outcomes:
-        lines = list(zip(outcome.prompts, outcome.seeds, verdicts(outcome), strict=True)) or [
-            (outcome.error, "", verdicts(outcome)[0])]
+        lines = zip(outcome.prompts or [outcome.error], outcome.seeds or [""], verdicts(outcome), strict=True)
         for k, (prompt, seed, verdict) in enumerate(lines):
             name, seconds = (outcome.name, f"{outcome.seconds:.2f}") if k == 0 else ("", "")
             shown.add_row(name, prompt, str(seed), verdict, seconds)

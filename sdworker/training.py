@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'STEPS', 'GUIDANCE', 'Plan', 'make_tokenizer', 'make_vae', 'make_text_encoder', 'make_denoiser', 'train_vae',
            'training_prompt', 'encode_text', 'Bundle', 'velocity_loss', 'make_scheduler', 'assemble', 'sample',
-           'encoded_pictures', 'train_denoiser', 'save', 'watched', 'rate_in_use', 'train', 'main']
+           'encoded_pictures', 'train_denoiser', 'save', 'saved', 'watched', 'rate_in_use', 'train', 'main']
 
 # %% ../nbs/05_training.ipynb #1fc6e0fa
 import copy
@@ -304,7 +304,14 @@ def save(
     beside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/05_training.ipynb #5d9a37cf
+# %% ../nbs/05_training.ipynb #25d46df2
+def saved(folder: Path) -> StableDiffusionXLPipeline:
+    "The pipeline in a folder, in single precision again."
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+# %% ../nbs/05_training.ipynb #855f4e0e
 def watched(
     pipe: StableDiffusionXLPipeline,
     n: int = 100,  # pairs
@@ -319,9 +326,7 @@ def rate_in_use(
     "How good the weights are that a training has to beat."
     if not (folder / "model_index.json").exists():
         return -1.0
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return watched(pipe, n)["all"]
+    return watched(saved(folder), n)["all"]
 
 # %% ../nbs/05_training.ipynb #bc5e88df
 def train(

@@ -49,7 +49,7 @@ def test_fresh_environment_draws(wheel, tmp_path):
     where = subprocess.run([python, "-c", "import sdworker; print(sdworker.__file__)"], cwd=tmp_path,
                            check=True, capture_output=True, text=True).stdout
     assert str(home) in where, "the wheel's package, not the checkout's"
-    command = [home / "bin" / "sdworker", "generate", "a large red star on a blue background", "--json"]
+    command = [home / "bin" / "sdworker", "generate", "a large red star on a blue background", "--seed", "7", "--json"]
     done = subprocess.run([*command, "-o", tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(judge(Image.open(json.loads(done.stdout)["images"][0]["path"]), command[2]).values())
