@@ -29,7 +29,7 @@ from rich.table import Table
 from .embedded import contact_sheet, judge
 from .images import from_data_uri, save_png
 
-# %% ../nbs/49_demo.ipynb #07f30ea1
+# %% ../nbs/49_demo.ipynb #d11ac1bb
 def free_port() -> int:
     "A TCP port that nobody listens on."
     with socket.socket() as probe:
@@ -43,7 +43,7 @@ def _wait(worker: subprocess.Popen, url: str, seconds: float, log: Path) -> None
         if worker.poll() is not None:
             raise RuntimeError(f"the worker ended with code {worker.returncode}:\n{log.read_text()[-2000:]}")
         try:
-            httpx.get(f"{url}/docs", timeout=2, trust_env=False)  # a proxy cannot reach this machine's loopback
+            httpx.get(url, timeout=2, trust_env=False)  # a proxy cannot reach this machine's loopback
             return
         except httpx.TransportError:
             time.sleep(0.1)
