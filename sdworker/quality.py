@@ -44,7 +44,7 @@ def fingerprint(
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
-# %% ../nbs/90_quality.ipynb #f1727896
+# %% ../nbs/90_quality.ipynb #996aad19
 LEAST = {"all": 0.97, "size": 0.98, "colour": 0.98, "shape": 0.98, "background": 0.98}
 
 def gate(
@@ -54,7 +54,7 @@ def gate(
     "Draw the gate's pairs and say how many are right, and how long one image took alone."
     drawn = list(track(draw_pairs(engine, pairs("gate", n)), "gate", total=n, transient=True))
     unseen = [(prompt, image) for prompt, image in drawn if held_out(parse(prompt))]
-    alone = timed(lambda: generate(engine, *pairs("gate", 1)[0][:1], seed=1))
+    alone = timed(lambda: generate(engine, pairs("gate", 1)[0][0], seed=1))
     rates = adherence(drawn)
     return {"weights": fingerprint(engine.card.folder), "pairs": n, "adherence": rates,
             "passed": all(rates[name] >= least for name, least in LEAST.items()),

@@ -95,10 +95,9 @@ def make_denoiser() -> UNet2DConditionModel:
         addition_embed_type="text_time", addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=WIDTH + 6 * 32)
 
-# %% ../nbs/05_training.ipynb #86b54790
+# %% ../nbs/05_training.ipynb #64cdbc1a
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[note]}"))
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 def _pixels(images: list[Image.Image]) -> torch.Tensor:
     "Pictures as a float tensor (n, 3, height, width) in -1..1."
@@ -256,7 +255,7 @@ def _running_average(average: torch.Tensor, value: torch.Tensor, count: torch.Te
     "Exponential average over about 500 steps, over fewer at the beginning, so that the random start is forgotten."
     return average.lerp(value, 1 - min(0.998, (1 + count.item()) / (10 + count.item())))
 
-# %% ../nbs/05_training.ipynb #35208f93
+# %% ../nbs/05_training.ipynb #b40b4bb7
 def train_denoiser(
     plan: Plan,
     vae: AutoencoderKL,  # finished
@@ -272,7 +271,7 @@ def train_denoiser(
     optimizer = torch.optim.AdamW(bundle.parameters(), lr=1.2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-3, total_steps=plan.steps, pct_start=0.1)
     with _progress() as progress:
-        for step in progress.track(range(1, plan.steps + 1), task_id=progress.add_task("denoiser", note="")):
+        for step in progress.track(range(1, plan.steps + 1), description="denoiser"):
             chosen = rng.sample(range(plan.pictures), plan.batch)
             prompts = [training_prompt(shown[k], rng) for k in chosen]
             loss = velocity_loss(bundle, tokenizer, scheduler, latents[chosen], prompts)
