@@ -20,13 +20,24 @@ def nbdev(command: str) -> None:
     subprocess.run([Path(sys.executable).with_name(command)], cwd=ROOT, check=True)
 
 
+def worth_keeping(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is more than a log line or a progress bar."""
+    if output.output_type == "stream":
+        return output.name == "stdout"
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return False
+    text = output.get("data", {}).get("text/plain", "an error")
+    return bool(text.strip()) and ("━" not in text or "┏" in text)  # rich's bars, but not its tables
+
+
 def run(path: Path) -> None:
     """Execute a notebook and keep its outputs, progress bars and log lines excepted."""
     notebook = nbformat.read(path, 4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NBS)}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.name == "stdout"]
+            cell.outputs = [output for output in cell.outputs if worth_keeping(output)]
+    notebook.metadata.pop("widgets", None)  # the state of progress bars
     nbformat.write(notebook, path)
 
 
