@@ -28,7 +28,7 @@ test: venv lint  ## every notebook and every test
 lint: venv  ## ruff over package, tests and scripts
 	$(PY) -m ruff check .
 
-embedded: venv  ## retrain the embedded model from nothing (about 90 minutes on two cores)
+embedded: venv  ## retrain the embedded model from nothing (about 75 minutes on two cores)
 	$(PY) -m sdworker.training
 	$(PY) -m sdworker.quality results/adherence.json --sheet nbs/images/drawn.png
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 # %% ../nbs/04_embedded.ipynb #ec68f4be
 SIDE = 64  # pixels; width and height of a picture
-SIZES = {"small": (11.0, 13.0), "large": (20.0, 24.0)}  # half of the shape's longer side, in pixels
+SIZES = {"small": (13.0, 15.0), "large": (22.0, 25.0)}  # half of the shape's longer side, in pixels
 COLOURS = {
     "red": (215, 45, 45), "orange": (245, 140, 25), "yellow": (250, 225, 60), "green": (45, 155, 70),
     "blue": (45, 85, 215), "purple": (140, 60, 175), "white": (245, 245, 245), "black": (25, 25, 25),
@@ -50,11 +50,11 @@ def _ngon(n: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
     return (points - middle) / (np.ptp(points, axis=0).max() / 2)
 
 _OUTLINES = {
-    "circle": _ngon(64), "ring": _ngon(64), "triangle": _ngon(3), "star": _ngon(10, (1.0, 0.42)),
+    "circle": _ngon(64), "ring": _ngon(64), "triangle": _ngon(3), "star": _ngon(10, (1.0, 0.46)),
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float),
     "cross": np.array([(x, y) for x, y in (
-        (-.32, -1), (.32, -1), (.32, -.32), (1, -.32), (1, .32), (.32, .32),
-        (.32, 1), (-.32, 1), (-.32, .32), (-1, .32), (-1, -.32), (-.32, -.32))]),
+        (-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
+        (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35))]),
 }
 
 # %% ../nbs/04_embedded.ipynb #634aa6f9
@@ -87,8 +87,7 @@ def draw(
     "Draw a scene, its shape jittered in place and size."
     rng = random.Random(seed)
     half = rng.uniform(*SIZES[scene.size])
-    room = 7 if scene.size == "small" else 5
-    cx, cy = (SIDE / 2 + rng.uniform(-room, room) for _ in range(2))
+    cx, cy = (SIDE / 2 + rng.uniform(-4, 4) for _ in range(2))
     mask = coverage(scene.shape, *(v * side / SIDE for v in (cx, cy, half)), side)[..., None]
     front, back = (np.array(COLOURS[c], np.float32) for c in (scene.colour, scene.background))
     return Image.fromarray((back + mask * (front - back)).round().astype(np.uint8))
@@ -223,7 +222,7 @@ def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
         return None, None
     (top, bottom), (left, right) = ((v.min(), v.max() + 1) for v in np.nonzero(piece))
     longer = max(bottom - top, right - left)
-    size = "small" if longer <= 30 else "large" if longer >= 36 else None
+    size = "small" if longer <= 34 else "large" if longer >= 40 else None
     box = ((left + right) / 2, (top + bottom) / 2, longer / 2)  # thin tips fall below one half: it may be short
     likely = sorted(SHAPES, key=lambda shape: _fit(share, shape, *box, (0,)))[-2:]
     (second, _), (best, shape) = sorted((_fit(share, shape, *box, (-0.5, 0, 0.5)), shape) for shape in likely)

@@ -17,7 +17,6 @@ def figures():
     return gate(initialize_model())
 
 
-@pytest.mark.xfail(strict=True, reason="shape is not there yet: the weights have had 3200 of the steps they need")
 def test_adherence_gate(figures):
     rates = figures["adherence"]
     assert all(rates[name] >= least for name, least in LEAST.items()), rates
