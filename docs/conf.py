@@ -10,6 +10,7 @@ release = version = metadata["DEFAULT"]["version"]
 extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
 
 nb_execution_mode = "off"  # the notebooks bring their outputs; the tests run them
+nb_render_markdown_format = "gfm"  # tables in outputs
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
