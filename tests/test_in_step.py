@@ -106,6 +106,15 @@ def test_importing_sdworker_is_cheap():
     assert done.returncode == 0, f"import sdworker brings {done.stderr}"
 
 
+def test_the_handler_imports_only_what_refusing_a_request_needs():
+    """A new name here costs every cold start: measure it (`python -X importtime`), then allow it or import it later."""
+    code = "import sys, sdworker.handler; print(*{name.partition('.')[0] for name in sys.modules})"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names
+    assert brought == {"sdworker", "PIL", "defusedxml", "annotated_types", "dotenv", "pydantic", "pydantic_core",
+                       "pydantic_settings", "typing_extensions", "typing_inspection"}
+
+
 def test_refusing_a_request_needs_no_torch():
     code = ("import sys; from sdworker.handler import handler; "
             "assert 'width' in handler({'input': {'prompt': 'x', 'width': 65}})['error']; "
