@@ -10,11 +10,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .card import ModelError
 from .images import data_uri
-from .load import initialize_model, model_card
+from .imports import import_runpod
+from .load import begin_loading, initialize_model, model_card
 from .request import RequestError, advice, parse_request
 from .settings import SettingsError, settings
 
@@ -60,7 +62,17 @@ def handler(
     return answer
 
 # %% ../nbs/45_handler.ipynb #c48ee689
-def _run(arguments: list[str]) -> None:
+def _load_at_first_call() -> Callable[[int], int]:
+    "A concurrency modifier that leaves the concurrency as it is, and has the loading begun when it is first called."
+    begun = []
+
+    def modifier(concurrency: int) -> int:
+        if not begun:
+            begun.append(begin_loading())
+        return concurrency
+    return modifier
+
+def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -68,10 +80,13 @@ def _run(arguments: list[str]) -> None:
     if chosen.load == "eager":
         initialize_model()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    import runpod
-
+    sdk, options = import_runpod(), {"handler": handler}
+    if chosen.load == "background" and queue:
+        options["concurrency_modifier"] = _load_at_first_call()
+    elif chosen.load == "background":
+        begin_loading()
     sys.argv = [sys.argv[0], *arguments]
-    runpod.serverless.start({"handler": handler})
+    sdk.serverless.start(options)
 
 # %% ../nbs/45_handler.ipynb #0da475af
 def start(
@@ -81,7 +96,10 @@ def start(
     if test_input is None and "RUNPOD_WEBHOOK_GET_JOB" not in os.environ:
         raise SettingsError("RUNPOD_WEBHOOK_GET_JOB is not set, so there is no queue to take jobs from; "
                             "RunPod sets it, elsewhere use `sdworker serve`.")
-    _run([] if test_input is None else ["--test_input", test_input])
+    if test_input is None:
+        _run([], queue=True)
+    else:
+        _run(["--test_input", test_input])
 
 def serve(
     host: str = "127.0.0.1",  # address to listen on

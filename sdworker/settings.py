@@ -31,8 +31,8 @@ class Settings(BaseSettings):
         "auto", description="Where to run; `auto` is `cuda` where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the weights; `auto` is `float16` on `cuda`, `float32` on `cpu`")
-    load: Literal["lazy", "eager"] = Field(
-        "lazy", description="Load the model at the first request, or before taking any")
+    load: Literal["background", "lazy", "eager"] = Field(
+        "background", description="Load the model beside the SDK's own start, at the first request, or before all")
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
