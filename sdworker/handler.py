@@ -83,7 +83,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     sdk, options = import_runpod(), {"handler": handler}
     if chosen.load == "background" and queue:
         options["concurrency_modifier"] = _load_at_first_call()
-    elif chosen.load == "background":
+    elif chosen.load == "background" and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, no fork
         begin_loading()
     sys.argv = [sys.argv[0], *arguments]
     sdk.serverless.start(options)
