@@ -258,7 +258,7 @@ def held_out(scene: Scene) -> bool:
     return sum(a * b for a, b in zip(place, (5, 3, 1, 7), strict=True)) % 10 == 0
 
 def pairs(
-    stream: str,  # "watch" to choose by, "gate" to judge by; any other word is a stream of its own
+    stream: str,  # "watch" to choose by, "gate 2" to judge by; any other word is a stream of its own
     n: int = 200,  # how many
 ) -> list[tuple[str, int]]:  # prompt and seed (0..2**32-1) of each
     "Prompts of random scenes and phrasings, each with a seed; the same for the same stream."

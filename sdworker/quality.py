@@ -52,9 +52,9 @@ def gate(
     n: int = 200,  # pairs of the gate stream
 ) -> dict[str, object]:
     "Draw the gate's pairs and say how many are right, and how long one image took alone."
-    drawn = list(track(draw_pairs(engine, pairs("gate", n)), "gate", total=n, transient=True))
+    drawn = list(track(draw_pairs(engine, pairs("gate 2", n)), "gate", total=n, transient=True))
     unseen = [(prompt, image) for prompt, image in drawn if held_out(parse(prompt))]
-    alone = timed(lambda: generate(engine, pairs("gate", 1)[0][0], seed=1))
+    alone = timed(lambda: generate(engine, pairs("gate 2", 1)[0][0], seed=1))
     rates = adherence(drawn)
     return {"weights": fingerprint(engine.card.folder), "pairs": n, "adherence": rates,
             "passed": all(rates[name] >= least for name, least in LEAST.items()),
@@ -68,7 +68,7 @@ def main(
 ):
     "Run the adherence gate on the model of the settings and record it, passed or not; exit code 1 if it fails."
     if sheet:
-        few = draw_pairs(initialize_model(), pairs("gate", 24))
+        few = draw_pairs(initialize_model(), pairs("gate 2", 24))
         save_png(contact_sheet([image for _, image in few], zoom=2), sheet)
     figures = gate(initialize_model())
     write_result(to, figures, "python -m sdworker.quality: the gate's pairs, pipeline engine, default settings")

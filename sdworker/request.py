@@ -9,7 +9,7 @@ __all__ = ['Request', 'RequestError', 'parse_request', 'advice']
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .card import ModelCard
 from .settings import Settings, complaint
@@ -21,7 +21,13 @@ def _texts(value: Any) -> list[str]:
         raise ValueError("should be text, or a list of texts")
     if not texts or not all(text.strip() for text in texts):
         raise ValueError("should not be empty; say what to draw")
-    return texts
+    return [_whole(text) for text in texts]
+
+def _whole(text: str | None) -> str | None:
+    "Text as it is, unless JSON's escapes spell half a character in it, which no tokenizer takes."
+    if text and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("should be valid Unicode; it holds half of a surrogate pair")
+    return text
 
 def _seeds(value: Any) -> Any:
     for seed in value if isinstance(value, list) else [value]:
@@ -35,7 +41,7 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: Annotated[list[str], BeforeValidator(_texts)]  # one text or several
-    negative_prompt: str | None = None  # what to keep out, for all images
+    negative_prompt: Annotated[str | None, AfterValidator(_whole)] = None  # what to keep out, for all images
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     num_inference_steps: int | None = None  # denoising steps
@@ -87,7 +93,8 @@ def parse_request(
     if not isinstance(given, dict):
         raise RequestError('input should be an object, such as {"prompt": "a large red star on a blue background"}.')
     try:
-        request = Request(**{str(name): value for name, value in given.items()})
+        request = Request(**{str(name).encode("utf-8", "backslashreplace").decode(): value
+                             for name, value in given.items()})
     except ValidationError as error:
         raise RequestError(complaint(error, private=("prompt", "negative_prompt"))) from None
     for breach in _breaches(request, card, limits):

@@ -48,7 +48,7 @@ def complaint(
 ) -> str:  # one sentence, about the first thing that is wrong
     "Say in one sentence which field is wrong, what it was, and what it may be."
     first = error.errors(include_url=False)[0]
-    field = name(_short(str(first["loc"][0])))
+    field = name(_printable(str(first["loc"][0])))
     if first["type"] == "missing":
         return f"{field} is missing; it is required."
     if first["type"] == "extra_forbidden":
@@ -58,6 +58,10 @@ def complaint(
 
 def _short(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
+
+def _printable(field: str) -> str:
+    "A field's name, escaped if need be: it may hold line ends meant for a log."
+    return _short(field if field.isprintable() else ascii(field))
 
 # %% ../nbs/01_settings.ipynb #16ab022c
 class SettingsError(ValueError):
