@@ -114,7 +114,7 @@ def test_production_loop_answers_good_and_bad_jobs():
 SLOW_LOAD = """
 import os, threading, time
 os.register_at_fork(before=lambda: print("forked with threads:", threading.active_count(), flush=True))
-import sdworker.card, sdworker.handler, sdworker.load
+import sdworker.handler, sdworker.load
 place = sdworker.load.place
 def slowly(chosen):  # in the loading thread, before anything heavy is there
     print("loading began", flush=True)
