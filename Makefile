@@ -25,7 +25,7 @@ demo: venv  ## start the worker, send it six requests, leave pictures in out/dem
 test: venv lint  ## every notebook and every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-lint: venv  ## ruff over package, tests and scripts
+lint: venv  ## ruff over notebooks, tests and scripts
 	$(PY) -m ruff check .
 
 embedded: venv  ## retrain the embedded model from nothing (about 75 minutes on two cores)

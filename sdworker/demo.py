@@ -69,7 +69,11 @@ def serving(
                 yield client
         finally:
             worker.terminate()
-            worker.wait(20)
+            try:
+                worker.wait(20)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
 
 # %% ../nbs/49_demo.ipynb #f76c0c7c
 STAR = "a large red star on a blue background"

@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .card import EMBEDDED
+from .card import EMBEDDED, fingerprint
 from .embedded import ATTRIBUTES, SIDE, adherence, draw, held_out, pairs, phrase, scenes
-from .measure import write_result
+from .measure import Timings, write_result
 
 # %% ../nbs/05_training.ipynb #0635cf55
 @dataclass(frozen=True)
@@ -332,22 +332,25 @@ def train(
     to: Path,  # folder of the weights in use
     plan: Plan = Plan(),
     log: Callable[[str], None] = print,
-) -> list[dict[str, float]]:  # step and adherence on the watch pairs, for each look
+) -> dict[str, object] | None:  # how it went, if the new weights are kept
     "Train a model from nothing and keep it if it is better than the one in `to`."
     before = rate_in_use(to, plan.watch_pairs)  # first, so that weights which cannot be read end the run now
-    looks = []
+    looks, timings = [], Timings()
 
     def watch(step: int, pipe: StableDiffusionXLPipeline):
         rates = watched(pipe, plan.watch_pairs)
         looks.append({"step": step} | rates)
         log(f"step {step}: " + ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items()))
-    pipe = train_denoiser(plan, train_vae(plan, log), watch)
-    if looks[-1]["all"] > before:
-        save(pipe, to)
-        log(f"better than before: written to {to.name}")
-    else:
+    with timings.stage("vae"):
+        vae = train_vae(plan, log)
+    with timings.stage("denoiser"):
+        pipe = train_denoiser(plan, vae, watch)
+    if looks[-1]["all"] <= before:
         log("not better than the weights in use, which stay")
-    return looks
+        return None
+    save(pipe, to)
+    log(f"better than before: written to {to.name}")
+    return {"weights": fingerprint(to), "plan": asdict(plan), "looks": looks, "seconds": timings}
 
 # %% ../nbs/05_training.ipynb #1db88718
 def main(
@@ -357,8 +360,8 @@ def main(
     record: Annotated[Path, typer.Option(help="Where to write how it went.")] = Path("results/training.json"),
 ):
     "Train the embedded model from nothing; keep it if it is better. About 75 minutes on two cores."
-    plan = Plan(steps=steps, vae_steps=vae_steps)
-    write_result(record, {"plan": asdict(plan), "looks": train(to, plan)}, "python -m sdworker.training")
+    if went := train(to, Plan(steps=steps, vae_steps=vae_steps)):
+        write_result(record, went, "python -m sdworker.training")
 
 if __name__ == "__main__" and "__file__" in globals():
     typer.run(main)

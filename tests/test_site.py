@@ -1,0 +1,14 @@
+"""The docs site builds from the notebooks that are here; Sphinx's warnings are errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_site_builds_with_a_page_for_each_notebook():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.stem for path in (ROOT / "_docs").glob("*.html")}
+    assert {path.stem for path in (ROOT / "nbs").glob("*.ipynb")} <= pages
