@@ -62,7 +62,7 @@ def load_pipeline(
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
 ) -> DiffusionPipeline:  # on the device, its progress bar off
-    "Load a diffusers pipeline from safetensors, or raise `ModelError`."
+    "Load a diffusers pipeline from safetensors straight onto the device, or raise `ModelError`."
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a worker's log is no terminal
     transformers_logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
@@ -71,10 +71,9 @@ def load_pipeline(
     try:
         pipe = DiffusionPipeline.from_pretrained(
             card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
-            use_safetensors=True, local_files_only=True, **extra)
+            use_safetensors=True, local_files_only=True, device_map=device, **extra)
     except Exception as error:  # the libraries below raise a dozen kinds for a damaged folder
-        raise ModelError(f"{card.name} cannot be loaded from {card.folder}: {error}") from error
-    pipe.to(device)
+        raise ModelError(f"{card.name} cannot be loaded from {card.folder}: {error}", lasting=True) from error
     if pipe.vae.config.force_upcast and dtype == "float16":
         pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)

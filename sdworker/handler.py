@@ -10,15 +10,17 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from .card import ModelError
+from .fitness import own_checks
 from .images import data_uri
-from .imports import import_runpod
+from .imports import import_runpod, without_collector
+from .ledger import LEDGER
 from .load import begin_loading, initialize_model, model_card
 from .request import RequestError, advice, parse_request
-from .settings import SettingsError, settings
+from .settings import Settings, SettingsError, settings
+from .weights import prefetch, weight_files
 
 log = logging.getLogger("sdworker")
 
@@ -30,13 +32,17 @@ def respond(
     card, chosen = model_card(), settings()
     request = parse_request(given, card, chosen)
     engine = initialize_model()
+    LEDGER.lap("wait for a job")
     from sdworker.engine import generate
 
     drawn = generate(engine, **request.arguments(), max_batch=chosen.max_batch)
+    LEDGER.lap("first image")
     with drawn.timings.stage("encode_png"):
         images = [data_uri(picture.image) for picture in drawn.pictures]
-    seeds = [picture.seed for picture in drawn.pictures]
-    return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": drawn.timings.rounded(),
+    LEDGER.lap("answer")
+    seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
+    timings |= {"cold_start": cold} if cold else {}
+    return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, card), "model": {"name": card.name, "pipeline": card.pipeline}}
 
 # %% ../nbs/45_handler.ipynb #f0411782
@@ -52,7 +58,7 @@ def handler(
         return {"error": str(error)}
     except ModelError as error:
         log.error("job %s failed: %s", name, error)
-        return {"error": str(error)}
+        return {"error": str(error)} | ({"refresh_worker": True} if error.lasting else {})
     except Exception as error:
         log.exception("job %s failed", name)
         return {"error": f"the worker failed with {type(error).__name__}; its log has the details. Other jobs go on."}
@@ -62,31 +68,60 @@ def handler(
     return answer
 
 # %% ../nbs/45_handler.ipynb #c48ee689
-def _load_at_first_call() -> Callable[[int], int]:
-    "A concurrency modifier that leaves the concurrency as it is, and has the loading begun when it is first called."
-    begun = []
+def _queue_options() -> dict[str, Any]:
+    "What the SDK is given beside the handler in production."
+    begun, options = [], {}
 
-    def modifier(concurrency: int) -> int:
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        found = handler(job)
+        if found.get("refresh_worker"):
+            options["refresh_worker"] = True  # the SDK looks at its options after each job, and takes no more
+        return found
+
+    def concurrency(now: int) -> int:
+        "Leave the concurrency as it is; the first call is the moment after the fork."
         if not begun:
-            begun.append(begin_loading())
-        return concurrency
-    return modifier
+            LEDGER.lap("SDK start")
+            begun.append(begin_loading() if settings().load == "background" else None)
+        return now
+    options |= {"handler": answer, "concurrency_modifier": concurrency}
+    return options
+
+# %% ../nbs/45_handler.ipynb #7064fcf6
+def _look_ahead(chosen: Settings, queue: bool) -> int:
+    "Look at the model's folder and begin to read its weights; their bytes, 0 where they are not here yet."
+    try:
+        files = weight_files(model_card().folder)
+        prefetch(files)
+        return sum(path.stat().st_size for path in files)
+    except (ModelError, OSError) as error:
+        if isinstance(error, ModelError) and (error.lasting or not queue):
+            raise
+        log.warning("not ready yet: %s", error)
+        return 0
 
 def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    chosen, _ = settings(), model_card()
+    LEDGER.lap("worker")
+    chosen = settings()
+    weights = _look_ahead(chosen, queue)
+    check = own_checks(chosen.device, weights) if queue else None
     if chosen.load == "eager":
         initialize_model()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-    sdk, options = import_runpod(), {"handler": handler}
-    if chosen.load == "background" and queue:
-        options["concurrency_modifier"] = _load_at_first_call()
-    elif chosen.load == "background" and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, no fork
+    with without_collector():
+        sdk, options = import_runpod(), _queue_options() if queue else {"handler": handler}
+    LEDGER.lap("runpod")
+    if check:
+        sdk.serverless.register_fitness_check(check)
+    if chosen.load == "background" and not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, no fork
         begin_loading()
     sys.argv = [sys.argv[0], *arguments]
     sdk.serverless.start(options)
+    if options.get("refresh_worker"):
+        raise ModelError("the worker ends, since its model cannot be loaded; the reason is above.", lasting=True)
 
 # %% ../nbs/45_handler.ipynb #0da475af
 def start(
