@@ -1,0 +1,113 @@
+"""Starts that cannot succeed, or not yet: one clear sentence, at the queue and in the log, and never a hang."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdworker.card import EMBEDDED
+from sdworker.loopback import Shift, work
+
+OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+JOBS = [{"id": name, "input": {"prompt": "a red star", "num_inference_steps": 2}} for name in ("first", "second")]
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "the model"))
+
+
+def started(model: object, command: list[str] = OURS, **options) -> Shift:
+    return work(command, JOBS, {"SDWORKER_MODEL": str(model), "HF_HUB_OFFLINE": "1"}, limit=60, **options)
+
+
+def assert_one_sentence(shift: Shift, *words: str) -> None:
+    said = shift.answers["first"]["error"]
+    assert all(word in said for word in words) and "\n" not in said, said
+    assert "Traceback" not in shift.log
+
+
+def test_a_truncated_file_is_named_and_ends_the_worker(model):
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shift = started(model, stop=False)
+    assert_one_sentence(shift, str(weights), "bytes", "fetch the model again")
+    assert shift.code == 1 and "second" not in shift.answers, "no second job is taken that could not be drawn either"
+    assert "the worker ends" in shift.log
+
+
+def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
+    for path in (model / "tokenizer").iterdir():
+        path.unlink()
+    shift = started(model)
+    assert_one_sentence(shift, str(model / "tokenizer" / "tokenizer.json"), "is missing", "fetch the model again")
+    assert shift.answers["second"] == shift.answers["first"] and shift.code is None
+
+
+VANISHING = """
+import sdworker.handler, sdworker.load, pathlib, sys
+there = pathlib.Path(sys.argv[1])
+away = there.with_name("away")
+place = sdworker.load.place
+def unmounted(chosen):  # after the files were looked at, before they are read
+    if away.exists():
+        raise SystemError("placed again while the folder is away")
+    there.rename(away)
+    return place(chosen)
+sdworker.load.place = unmounted
+handler = sdworker.handler.handler
+def and_back(job):
+    found = handler(job)
+    if "error" in found:
+        away.rename(there)
+        sdworker.load.place = place
+    return found
+sdworker.handler.handler = and_back
+sdworker.handler.start()
+"""
+
+
+def test_a_folder_that_goes_away_in_the_middle_of_a_start_and_comes_back(model):
+    shift = started(model, [sys.executable, "-c", VANISHING, str(model)])
+    assert_one_sentence(shift, str(model), "is missing")
+    assert "output" in shift.answers["second"], "the next job tries again, and finds it"
+
+
+LATE = """
+import shutil, sys
+import sdworker.handler
+come = sys.argv[1:]
+handler = sdworker.handler.handler
+def mounted_after(job):
+    found = handler(job)
+    if "error" in found:
+        shutil.copytree(*come)
+    return found
+sdworker.handler.handler = mounted_after
+sdworker.handler.start()
+"""
+
+
+def test_a_folder_that_comes_late(tmp_path):
+    late = tmp_path / "volume" / "model"
+    shift = started(late, [sys.executable, "-c", LATE, str(EMBEDDED), str(late)])
+    assert_one_sentence(shift, str(late), "no such folder")
+    assert "output" in shift.answers["second"]
+
+
+@pytest.mark.parametrize(("typo", "said"), [
+    ("embeded", "give `embedded`, a folder, or a model id like owner/name"),
+    ("./models/sdxl", "there is no such folder"),
+])
+def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, said):
+    shift = started(typo, stop=False)
+    assert shift.code == 1 and shift.answers == {}, "the jobs stay in the queue"
+    line, = [line for line in shift.log.splitlines() if line.startswith("sdworker: ")]
+    assert repr(typo) in line and said in line and "Traceback" not in shift.log
+
+
+def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():
+    shift = started("stabilityai/stable-difusion-xl")
+    assert_one_sentence(shift, "SDWORKER_MODEL is 'stabilityai/stable-difusion-xl'", "check the spelling, the network")
+    assert shift.code is None, "a network may come back"
