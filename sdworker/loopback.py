@@ -87,6 +87,7 @@ def work(
     with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
         return pool.submit(asyncio.run, _work(command, jobs, environment or {}, limit, stop)).result()
 
+# %% ../nbs/91_loopback.ipynb #226a74fd
 async def _work(command, jobs, environment, limit, stop) -> Shift:
     queue = Queue(jobs)
     runner = web.AppRunner(queue.app, shutdown_timeout=1)

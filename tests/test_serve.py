@@ -104,10 +104,21 @@ def test_handler_file_names_a_wrong_setting():
     (["generate", ""], "prompt should not be empty"),
     (["generate", "x", "-n", "many"], "Input should be a valid integer"),
     (["serve", "--port", "99999"], "less than or equal to 65535"),
+    (["coldstart", "--plot", "start.jpg"], "start.jpg should be a .png or .svg file"),
+    (["coldstart", "--repeat", "0"], "greater than or equal to 1"),
+    (["coldstart", "--against", "us"], "'us' is not one of 'naive'"),
 ])
 def test_wrong_arguments_are_named(arguments, said):
     done = cli(*arguments, COLUMNS="200")
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured():
+    code = ("import importlib.util as util, sys; find = util.find_spec\n"
+            "util.find_spec = lambda name: None if name == 'matplotlib' else find(name)\n"
+            "from sdworker.cli import app; app(['coldstart', '--plot', 'start.svg'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "sdworker[notebooks]" in done.stderr
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
