@@ -37,7 +37,7 @@ def own_checks(
         if asked.returncode or not said:
             raise RuntimeError(f"nvidia-smi found no GPU: {said or 'no answer'}.")
         name, _, free = said.splitlines()[0].rpartition(",")
-        if int(free) * 2**20 < weights:
+        if free.strip().isdigit() and int(free) * 2**20 < weights:  # some cards give no figure
             raise RuntimeError(f"{name} has {int(free) / 1024:.1f} GB free, and the weights alone take "
                                f"{weights / 2**30:.1f} GB; choose a GPU with more memory.")
     return gpu_has_room

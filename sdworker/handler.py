@@ -88,16 +88,18 @@ def _queue_options() -> dict[str, Any]:
     return options
 
 # %% ../nbs/45_handler.ipynb #7064fcf6
-def _look_ahead(chosen: Settings, queue: bool) -> int:
-    "Look at the model's folder and begin to read its weights; their bytes, 0 where they are not here yet."
+def _look_ahead(queue: bool) -> int:
+    "Look at the model's folder and begin to read its weights; their bytes, 0 where they are not all here yet."
+    card = None
     try:
-        files = weight_files(model_card().folder)
+        card = model_card()
+        files = weight_files(card.folder)
         prefetch(files)
         return sum(path.stat().st_size for path in files)
     except (ModelError, OSError) as error:
-        if isinstance(error, ModelError) and (error.lasting or not queue):
+        if getattr(error, "lasting", False) or not (queue or card):
             raise
-        log.warning("not ready yet: %s", error)
+        log.warning("not all here yet: %s", error)  # a volume or a download may still bring it
         return 0
 
 def _run(arguments: list[str], queue: bool = False) -> None:
@@ -106,7 +108,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     LEDGER.lap("worker")
     chosen = settings()
-    weights = _look_ahead(chosen, queue)
+    weights = _look_ahead(queue)
     check = own_checks(chosen.device, weights) if queue else None
     if chosen.load == "eager":
         initialize_model()
