@@ -52,19 +52,21 @@ def handler(job):
 runpod.serverless.start({"handler": handler})
 """
 
-# %% ../nbs/92_coldstart.ipynb #f515029e
+# %% ../nbs/92_coldstart.ipynb #4efcd473
 def evict(
     files: Iterable[Path],  # what cannot be opened is left out
-) -> None:
+) -> bool:  # whether the largest of them is gone from it; False too where the system does not tell
     "Drop files from the system's page cache, where the system can do that."
-    if hasattr(os, "posix_fadvise"):
-        for path in files:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except OSError:
-                continue
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+    sizes = {}
+    for path in files if hasattr(os, "posix_fadvise") else ():
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        sizes[path] = os.fstat(descriptor).st_size
+        os.close(descriptor)
+    return bool(sizes) and cached(max(sizes, key=sizes.__getitem__)) is False
 
 def cached(
     path: Path,
@@ -85,7 +87,7 @@ def libraries() -> list[Path]:
     roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     return [Path(folder, name) for root in roots for folder, _, names in os.walk(root) for name in names]
 
-# %% ../nbs/92_coldstart.ipynb #69008093
+# %% ../nbs/92_coldstart.ipynb #c85274e2
 def start_once(
     command: list[str],  # of the worker
     given: dict[str, Any],  # the job's input
@@ -96,8 +98,9 @@ def start_once(
     shift = work(command, [{"id": "first", "input": given}], dict(environment or {}), limit)
     answer = shift.answers.get("first", {})
     if "output" not in answer:
-        why = answer.get("error") or "\n".join(shift.log.strip().splitlines()[-5:]) or f"no answer in {limit:g} s"
-        raise ChildProcessError(f"the worker drew nothing: {why}")
+        ended = f"no answer in {limit:g} s" if shift.code is None else f"it ended with code {shift.code}"
+        last = "\n".join(shift.log.strip().splitlines()[-5:])
+        raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last words: {last}'}")
     return {"seconds": shift.seconds["first"], "taken": shift.taken["first"], "output": answer["output"]}
 
 # %% ../nbs/92_coldstart.ipynb #2b9c67b1
@@ -133,7 +136,7 @@ def in_turn(
             tell()
     return runs
 
-# %% ../nbs/92_coldstart.ipynb #19655568
+# %% ../nbs/92_coldstart.ipynb #31c0b131
 def coldstart(
     repeat: int = 3,  # starts of each worker
     against: str | None = None,  # "naive": compare with the usual worker
@@ -141,11 +144,9 @@ def coldstart(
     tell: Callable[[], None] = lambda: None,  # called after each start
 ) -> dict[str, Any]:  # "ours", "rows", "cache", "machine"; "naive" and "ratio" (ours / naive) in a comparison
     "Measure from exec to the first answer. Raises `ChildProcessError` if a worker draws nothing, and `ModelError`."
-    files = weight_files(resolve(settings()))
-    given = libraries() + files if cold else []
-    evict(given)
-    gone = cold and cached(files[-1]) is False
-    runs = in_turn(_workers(against), _request(), repeat, given, tell)
+    files = libraries() + weight_files(resolve(settings())) if cold else []
+    gone = evict(files)
+    runs = in_turn(_workers(against), _request(), repeat, files if gone else [], tell)
     report: dict[str, Any] = {"model": settings().model, "repeat": repeat, "cache": "cold" if gone else "warm"}
     for name, found in runs.items():
         report[name] = summary([run["seconds"] for run in found])

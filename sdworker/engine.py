@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from .card import ModelCard, ModelError
+from .card import UNUSED, ModelCard, ModelError, read_json
 from .measure import Timings
 
 # %% ../nbs/20_engine.ipynb #e93c17a8
@@ -67,13 +67,16 @@ def load_pipeline(
         library.disable_progress_bar()  # a worker's log is no terminal
     transformers_logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
     half = any(card.folder.rglob("*.fp16.safetensors"))
-    extra = {"add_watermarker": False} if "XL" in card.pipeline else {}
+    index = read_json(card.folder / "model_index.json")
+    extra = {name: None for name in UNUSED if name in index}
+    extra |= {"add_watermarker": False} if "XL" in card.pipeline else {}
     try:
         pipe = DiffusionPipeline.from_pretrained(
             card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra)
     except Exception as error:  # the libraries below raise a dozen kinds for a damaged folder
-        raise ModelError(f"{card.name} cannot be loaded from {card.folder}: {error}", lasting=True) from error
+        raise ModelError(f"{card.name} cannot be loaded from {card.folder}, so a file there is damaged or of another "
+                         f"model; fetch it again ({error}).", lasting=True) from error
     if pipe.vae.config.force_upcast and dtype == "float16":
         pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)

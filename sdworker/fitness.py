@@ -35,7 +35,7 @@ def own_checks(
             asked.kill()
             raise RuntimeError(f"nvidia-smi did not answer within {seconds:g} s; the driver hangs.") from None
         if asked.returncode or not said:
-            raise RuntimeError(f"nvidia-smi found no GPU: {said or 'no answer'}.")
+            raise RuntimeError(f"nvidia-smi found no GPU ({said or 'no answer'}); SDWORKER_DEVICE=cpu does without.")
         name, _, free = said.splitlines()[0].rpartition(",")
         if free.strip().isdigit() and int(free) * 2**20 < weights:  # some cards give no figure
             raise RuntimeError(f"{name} has {int(free) / 1024:.1f} GB free, and the weights alone take "

@@ -20,7 +20,7 @@ from .ledger import LEDGER
 from .load import begin_loading, initialize_model, model_card
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
-from .weights import prefetch, weight_files
+from .weights import numbers, prefetch, weight_files
 
 log = logging.getLogger("sdworker")
 
@@ -70,6 +70,7 @@ def handler(
 # %% ../nbs/45_handler.ipynb #c48ee689
 def _queue_options() -> dict[str, Any]:
     "What the SDK is given beside the handler in production."
+    begin = {"background": begin_loading, "eager": lambda: initialize_model(warm=True), "lazy": lambda: None}
     begun, options = [], {}
 
     def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -82,24 +83,24 @@ def _queue_options() -> dict[str, Any]:
         "Leave the concurrency as it is; the first call is the moment after the fork."
         if not begun:
             LEDGER.lap("SDK start")
-            begun.append(begin_loading() if settings().load == "background" else None)
+            begun.append(begin[settings().load]())
         return now
     options |= {"handler": answer, "concurrency_modifier": concurrency}
     return options
 
 # %% ../nbs/45_handler.ipynb #7064fcf6
 def _look_ahead(queue: bool) -> int:
-    "Look at the model's folder and begin to read its weights; their bytes, 0 where they are not all here yet."
+    "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
     card = None
     try:
         card = model_card()
         files = weight_files(card.folder)
         prefetch(files)
-        return sum(path.stat().st_size for path in files)
+        return numbers(files)
     except (ModelError, OSError) as error:
         if getattr(error, "lasting", False) or not (queue or card):
             raise
-        log.warning("not all here yet: %s", error)  # a volume or a download may still bring it
+        log.warning("not all here yet, so nothing is read ahead: %s", error)  # a volume or a download may bring it
         return 0
 
 def _run(arguments: list[str], queue: bool = False) -> None:
@@ -108,10 +109,11 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     LEDGER.lap("worker")
     chosen = settings()
-    weights = _look_ahead(queue)
+    weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
     check = own_checks(chosen.device, weights) if queue else None
-    if chosen.load == "eager":
-        initialize_model()
+    LEDGER.lap("worker")
+    if chosen.load == "eager" and not queue:
+        initialize_model(warm=True)
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
         sdk, options = import_runpod(), _queue_options() if queue else {"handler": handler}

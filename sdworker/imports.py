@@ -35,13 +35,13 @@ def import_runpod() -> ModuleType:  # the package, as `import runpod` gives it
 # %% ../nbs/31_imports.ipynb #4beaa771
 @contextmanager
 def without_collector() -> Iterator[None]:
-    "Import or load with the garbage collector off; what has come to stay is kept out of its later rounds."
+    "Import or load with the garbage collector off; unless that fails, what has come is kept out of its later rounds."
     on = gc.isenabled()
     gc.disable()
     try:
         yield
-    finally:
         gc.freeze()
+    finally:
         if on:
             gc.enable()
 

@@ -20,7 +20,7 @@ from .imports import without_collector
 from .lean import lean
 from .ledger import LEDGER
 from .settings import Settings, settings
-from .weights import check_files
+from .weights import check_files, end_prefetch
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
     from sdworker.engine import Engine
@@ -123,14 +123,16 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
     card, local = model_card(), chosen.model == "embedded" or Path(chosen.model).is_dir()
     folder = _checked(chosen) if local else None
+    LEDGER.lap("check files")
     import torch  # noqa: F401
 
     LEDGER.lap("torch")
     with lean():
         kind = _import_engine(card)
         device, dtype = place(chosen)
+        LEDGER.lap("device")
         card = replace(card, folder=folder or _checked(chosen))
-        LEDGER.lap("check files")
+        LEDGER.lap("download")
         try:
             engine = kind(card, device, dtype)
         except ModelError:
@@ -148,6 +150,7 @@ def _loaded(warm: bool) -> "Engine":
     log.info("Loading model...")
     with without_collector():
         engine = _load(settings())
+    end_prefetch()
     if warm and not _waiting:
         _warm_up(engine)
     log.info("Loaded %s in %.2f s on %s in %s", engine.card.name, time.perf_counter() - start, engine.device,
@@ -164,15 +167,20 @@ def _warm_up(engine: "Engine") -> None:
 _lock = threading.Lock()
 _attempt: "Future[Engine] | None" = None  # the load that is under way, or the last one
 
-def initialize_model() -> "Engine":
+def initialize_model(
+    warm: bool = False,  # nobody waits: draw two steps of nothing as well
+) -> "Engine":
     "The engine of this process; loads it at the first call. Raises `ModelError` if it cannot be loaded."
+    if warm:
+        return _initialize(warm)
     _waiting.append(None)
     try:
-        return _initialize()
+        return _initialize(warm)
     finally:
         _waiting.pop()
 
-def _initialize(warm: bool = False) -> "Engine":
+# %% ../nbs/35_load.ipynb #b13db920
+def _initialize(warm: bool) -> "Engine":
     "Join the load that is under way or has succeeded, or failed for good; or else begin one."
     global _attempt
     with _lock:
@@ -182,6 +190,8 @@ def _initialize(warm: bool = False) -> "Engine":
         try:
             attempt.set_result(_loaded(warm))
         except BaseException as error:
+            if isinstance(error, ModelError):  # it says all; its traceback would keep what was half built
+                error.__traceback__ = error.__cause__ = error.__context__ = None
             attempt.set_exception(error)
     return attempt.result()
 
@@ -194,7 +204,7 @@ def begin_loading() -> threading.Thread:
     "Start loading the model in a thread of its own."
     def load():
         try:
-            _initialize(warm=True)
+            initialize_model(warm=True)
         except ModelError as error:
             after = "for good" if error.lasting else "and the next job will try again"
             log.error("loading failed, %s: %s", after, error)

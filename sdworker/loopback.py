@@ -7,6 +7,7 @@ __all__ = ['Shift', 'Queue', 'queue_environment', 'work']
 
 # %% ../nbs/91_loopback.ipynb #80cf3c50
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -97,7 +98,8 @@ async def _work(command, jobs, environment, limit, stop) -> Shift:
         queue.start = time.monotonic()
         given = queue_environment(runner.addresses[0][1])
         worker = subprocess.Popen(command, env={**os.environ, **given, **environment},
-                                  stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                                  stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                  start_new_session=True)
         try:
             while worker.poll() is None and queue.now() < limit and (len(queue.shift.seconds) < queue.jobs or not stop):
                 await asyncio.sleep(0.02)
@@ -110,10 +112,12 @@ async def _work(command, jobs, environment, limit, stop) -> Shift:
     return queue.shift
 
 def _end(worker: subprocess.Popen) -> None:
-    "Stop a process, kindly first."
+    "Stop a process, kindly first, and whatever it has forked."
     worker.send_signal(signal.SIGTERM)
     try:
         worker.wait(20)
     except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,6 +47,11 @@ def test_fresh_environment_draws(wheel, tmp_path):
                                check=True, capture_output=True, text=True).stdout.strip())
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    start = ("import json, sdworker.cli, sdworker.handler; from sdworker.imports import import_runpod, uncompiled; "
+             "import_runpod(); print(json.dumps(uncompiled()))")
+    done = subprocess.run([python, "-c", start], cwd=tmp_path, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+                          check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == [], "an install without .pyc files compiles everything at each cold start"
     where = subprocess.run([python, "-c", "import sdworker; print(sdworker.__file__)"], cwd=tmp_path,
                            check=True, capture_output=True, text=True).stdout
     assert str(home) in where, "the wheel's package, not the checkout's"

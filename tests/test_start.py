@@ -37,6 +37,14 @@ def test_a_truncated_file_is_named_and_ends_the_worker(model):
     assert "the worker ends" in shift.log
 
 
+def test_a_truncated_file_ends_an_eager_start_before_any_job_is_taken(model):
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shift = work(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": "eager"}, limit=60, stop=False)
+    assert shift.code == 1 and shift.taken == {}, "the jobs stay in the queue"
+    assert f"sdworker: {weights} has" in shift.log and "Traceback" not in shift.log
+
+
 def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
     for path in (model / "tokenizer").iterdir():
         path.unlink()
@@ -87,6 +95,13 @@ def mounted_after(job):
 sdworker.handler.handler = mounted_after
 sdworker.handler.start()
 """
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json",
+                                  "text_encoder/config.json"])
+def test_a_small_file_that_is_missing_is_named_too(model, file):
+    (model / file).unlink()
+    assert_one_sentence(started(model), str(model / file), "is missing", "fetch the model again")
 
 
 def test_a_folder_that_comes_late(tmp_path):
