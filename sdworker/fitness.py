@@ -11,6 +11,8 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
+from .ledger import LEDGER
+
 # %% ../nbs/34_fitness.ipynb #996865de
 SWITCHES = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 
@@ -40,4 +42,5 @@ def own_checks(
         if free.strip().isdigit() and int(free) * 2**20 < weights:  # some cards give no figure
             raise RuntimeError(f"{name} has {int(free) / 1024:.1f} GB free, and the weights alone take "
                                f"{weights / 2**30:.1f} GB; choose a GPU with more memory.")
+        LEDGER.lap("SDK checks")
     return gpu_has_room

@@ -118,6 +118,7 @@ def _import_engine(card: ModelCard) -> type:
     LEDGER.lap("diffusers")
     return PipelineEngine
 
+# %% ../nbs/35_load.ipynb #d100433d
 def _load(chosen: Settings) -> "Engine":
     "Load the model that the settings ask for."
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
