@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,7 +151,7 @@ def _coldstart(repeat: int, against: str | None, warm: bool, plot: Path | None, 
     from sdworker import coldstart as lab
 
     starts = (repeat + warm) * (2 if against else 1)
-    done = iter(range(1, starts + 1))
+    done = count(1)  # one turn more where the cache cannot be emptied
     with _bar(shown, "starting workers") as on_step:
         report = lab.coldstart(repeat, against, not warm, lambda: on_step(next(done), starts))
     if plot:

@@ -174,8 +174,7 @@ def waterfall(
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("from exec to the first picture", no_wrap=True)
-    rows = list(bars(report["rows"]))
-    for name, seconds, bar in rows:
+    for name, seconds, bar in bars(report["rows"]):
         table.add_row(name, f"{seconds:.2f}", bar.replace("#", "█"), end_section=name in ("answer", "total"))
     for name in (name for name in ("ours", "naive") if name in report):
         found = report[name]

@@ -107,7 +107,6 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    LEDGER.lap("worker")
     chosen = settings()
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
     check = own_checks(chosen.device, weights) if queue else None

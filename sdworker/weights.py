@@ -60,12 +60,14 @@ def _header(path: Path) -> tuple[int, dict]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
+            for entry in header.values():
+                prod(entry["shape"]), entry["data_offsets"][1]  # what its readers rely on
             return 8 + length, header
     except FileNotFoundError:
         raise _missing(path) from None
     except OSError as error:  # of a volume, say; it may pass
         raise ModelError(f"{path} cannot be read ({error}); see that its volume is mounted.") from None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise ModelError(f"{path} is no safetensors file ({error}); fetch the model again.", lasting=True) from None
 
 def _check_length(path: Path) -> None:
