@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import weight_files
 from .ledger import bars
 from .load import model_card, resolve
 from .loopback import work
 from .measure import machine, summary
 from .settings import settings
-from .weights import weight_files
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from .card import UNUSED, ModelCard, ModelError, read_json
+from .files import weight_files
 from .measure import Timings
 
 # %% ../nbs/20_engine.ipynb #e93c17a8
@@ -66,7 +67,7 @@ def load_pipeline(
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a worker's log is no terminal
     transformers_logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
-    half = any(card.folder.rglob("*.fp16.safetensors"))
+    half = any(".fp16" in path.name for path in weight_files(card.folder))
     index = read_json(card.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
     extra |= {"add_watermarker": False} if "XL" in card.pipeline else {}

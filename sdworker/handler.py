@@ -12,7 +12,9 @@ import sys
 import time
 from typing import Any
 
+from .cache import usable_caches
 from .card import ModelError
+from .files import numbers, weight_files
 from .fitness import own_checks
 from .images import data_uri
 from .imports import import_runpod, without_collector
@@ -20,7 +22,7 @@ from .ledger import LEDGER
 from .load import begin_loading, initialize_model, model_card
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
-from .weights import numbers, prefetch, weight_files
+from .weights import prefetch
 
 log = logging.getLogger("sdworker")
 
@@ -107,6 +109,8 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    for moved in usable_caches():
+        log.warning(moved)
     chosen = settings()
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
     check = own_checks(chosen.device, weights) if queue else None

@@ -20,8 +20,9 @@ import typer
 
 from .card import EMBEDDED
 from .coldstart import NAIVE, coldstart, evict, in_turn, libraries, median_run
+from .files import weight_files
 from .measure import summary, write_result
-from .weights import prefetch, weight_files
+from .weights import prefetch
 
 # %% ../nbs/93_proof.ipynb #f3f0ef98
 _UNET = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,

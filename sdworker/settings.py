@@ -27,6 +27,12 @@ class Settings(BaseSettings):
         "`stabilityai/stable-diffusion-xl-base-1.0`"))
     revision: str | None = Field(
         None, description="Commit, tag or branch of a model id; a commit is the only one that cannot change")
+    extras: str = Field("", description=(
+        "Baked beside the model: components and LoRAs as `name=owner/name@commit` or `...@commit:file`, with commas"))
+    baked: str = Field("/model", min_length=1, description="Folder of the model that is baked into the image")
+    volume: str = Field("/runpod-volume", min_length=1, description=(
+        "Where RunPod mounts its cached models and network volumes"))
+    offline: bool = Field(False, description="Never ask the hub: what is not here cannot be had")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to run; `auto` is `cuda` where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

@@ -23,26 +23,39 @@ def started(model: object, command: list[str] = OURS, **options) -> Shift:
 
 
 def assert_one_sentence(shift: Shift, *words: str) -> None:
+    assert "first" in shift.answers, shift.log
     said = shift.answers["first"]["error"]
     assert all(word in said for word in words) and "\n" not in said, said
     assert "Traceback" not in shift.log
 
 
-def test_a_truncated_file_is_named_and_ends_the_worker(model):
-    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    shift = started(model, stop=False)
-    assert_one_sentence(shift, str(weights), "bytes", "fetch the model again")
-    assert shift.code == 1 and "second" not in shift.answers, "no second job is taken that could not be drawn either"
-    assert "the worker ends" in shift.log
-
-
-def test_a_truncated_file_ends_an_eager_start_before_any_job_is_taken(model):
+@pytest.mark.parametrize("load", ["background", "lazy", "eager"])
+def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    shift = work(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": "eager"}, limit=60, stop=False)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shift = work(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, limit=60, stop=False)
     assert shift.code == 1 and shift.taken == {}, "the jobs stay in the queue"
     assert f"sdworker: {weights} has" in shift.log and "Traceback" not in shift.log
+
+
+CUT = """
+import sdworker.handler, pathlib, sys
+look = sdworker.handler._look_ahead
+def cut_after(queue):
+    found, weights = look(queue), pathlib.Path(sys.argv[1])
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return found
+sdworker.handler._look_ahead = cut_after
+from sdworker.cli import app
+app(["start"])
+"""
+
+
+def test_a_file_that_is_cut_after_the_first_look_is_named_and_ends_the_worker(model):
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    shift = started(model, [sys.executable, "-c", CUT, str(weights)], stop=False)
+    assert_one_sentence(shift, str(weights), "bytes", "fetch the model again")
+    assert shift.code == 1 and "second" not in shift.answers, "no second job is taken that could not be drawn either"
 
 
 def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
@@ -124,5 +137,12 @@ def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, said):
 
 def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():
     shift = started("stabilityai/stable-difusion-xl")
-    assert_one_sentence(shift, "SDWORKER_MODEL is 'stabilityai/stable-difusion-xl'", "check the spelling, the network")
+    assert_one_sentence(shift, "SDWORKER_MODEL is 'stabilityai/stable-difusion-xl'", "not baked into", "bake it")
+    assert shift.code is None, "a volume may come yet"
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    nowhere = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    shift = work(OURS, JOBS, nowhere, limit=60)
+    assert_one_sentence(shift, "owner/name is not to be had from the hub", "check the network")
     assert shift.code is None, "a network may come back"

@@ -1,0 +1,118 @@
+# syntax=docker/dockerfile:1
+# The worker's image. Its stages: the packages, the tests, the model (no tests, no model), and what is shipped.
+#
+#   docker build -t sdworker .                              with SDXL inside
+#   docker build -t sdworker --build-arg BAKE=0 .           without a model
+#   docker build -t sdworker --secret id=hf_token,src=$HOME/.cache/huggingface/token \
+#       --build-arg MODEL_ID=... --build-arg MODEL_REVISION=... .                         a gated model
+#
+# `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
+
+ARG BASE_IMAGE=python:3.11.14-slim-bookworm
+ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
+ARG MODEL_REVISION=462165984030d82259a11f4367a4eed129e94a7b
+# 0: no model in the image; the worker looks for it as `sdworker start --help` says
+ARG BAKE=1
+
+FROM ${BASE_IMAGE} AS base
+# Python's own images come without the standard library's bytecode: each start would compile what it imports.
+# Such bytecode is taken as it is, so it stays right when a layer's file times are not kept.
+RUN python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+        "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+
+# The packages, exactly as locked. pip has an environment of its own and is not shipped. All of their files are
+# compiled, but one test of torch's that is written for Python 3.12.
+FROM base AS deps
+ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/sdworker \
+    PYTHONUNBUFFERED=1
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
+ARG REQUIREMENTS=.runpod/worker.lock
+# Both for a folder of wheels that is mounted into the build, instead of an index.
+ARG PIP_FIND_LINKS=
+ARG PIP_NO_INDEX=
+COPY ${REQUIREMENTS} /build/worker.lock
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install --require-hashes --no-deps --no-compile \
+        -r /build/worker.lock \
+    && find /opt/venv/lib -type d -name tests -prune -exec rm -r {} + \
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
+
+# Every notebook, and the tests that need no more than the package. Left out of tests/: test_install and test_site,
+# which build a wheel and the site from docs/ with tools that are not here, and test_image, which builds this image.
+FROM deps AS test
+ARG TEST_REQUIREMENTS=.runpod/tests.lock
+ARG PIP_FIND_LINKS=
+ARG PIP_NO_INDEX=
+COPY ${TEST_REQUIREMENTS} /build/tests.lock
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/pip/bin/pip --python /opt/venv/bin/python install --require-hashes --no-deps -r /build/tests.lock
+COPY . /src
+WORKDIR /src
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps --no-build-isolation \
+        --no-compile --target /opt/sdworker . \
+    && python -m compileall -q --invalidation-mode unchecked-hash /opt/sdworker
+RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs \
+        tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
+    && touch /tests-passed
+
+# The model, fetched or half fetched in a cache that outlives the build, then copied, checked and parted into layers.
+FROM deps AS bake
+ARG MODEL_ID
+ARG MODEL_REVISION
+ARG BAKE
+ARG HF_ENDPOINT=https://huggingface.co
+ENV HF_HOME=/build/cache/huggingface \
+    HF_HUB_CACHE=/build/cache/huggingface/hub \
+    TORCH_HOME=/build/cache/torch \
+    TORCHINDUCTOR_CACHE_DIR=/opt/compiled/inductor \
+    TRITON_CACHE_DIR=/opt/compiled/triton \
+    XDG_CACHE_HOME=/build/cache \
+    TMPDIR=/build/tmp \
+    SDWORKER_BAKED=/baked/model
+COPY --from=test /tests-passed /tests-passed
+COPY --from=test /opt/sdworker /opt/sdworker
+RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
+    mkdir -p "$TMPDIR" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
+    && if [ "$BAKE" = 1 ]; then \
+        cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION" \
+        && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" --to "$cached" \
+        && sdworker bake "$cached" --to "$SDWORKER_BAKED" \
+        && python -m sdworker.image "$SDWORKER_BAKED" /layers 8; \
+    fi
+
+# What is shipped: packages, the model's layers, and last the code, which changes most often.
+FROM base AS worker
+RUN mkdir -p /cache/huggingface/hub /cache/torch /opt/compiled/inductor /opt/compiled/triton
+COPY --from=deps /opt/venv /opt/venv
+COPY --from=bake /layers/0/ /model/
+COPY --from=bake /layers/1/ /model/
+COPY --from=bake /layers/2/ /model/
+COPY --from=bake /layers/3/ /model/
+COPY --from=bake /layers/4/ /model/
+COPY --from=bake /layers/5/ /model/
+COPY --from=bake /layers/6/ /model/
+COPY --from=bake /layers/7/ /model/
+COPY --from=test /opt/sdworker /opt/sdworker
+ARG MODEL_ID
+ARG MODEL_REVISION
+ARG BAKE
+ENV HF_HOME=/cache/huggingface \
+    HF_HUB_CACHE=/cache/huggingface/hub \
+    TORCH_HOME=/cache/torch \
+    TORCHINDUCTOR_CACHE_DIR=/opt/compiled/inductor \
+    TRITON_CACHE_DIR=/opt/compiled/triton \
+    XDG_CACHE_HOME=/cache \
+    TMPDIR=/tmp \
+    SDWORKER_BAKED=/model \
+    SDWORKER_VOLUME=/runpod-volume
+ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/sdworker \
+    PYTHONUNBUFFERED=1 \
+    SDWORKER_MODEL=$MODEL_ID \
+    SDWORKER_REVISION=$MODEL_REVISION \
+    SDWORKER_OFFLINE=$BAKE \
+    HF_HUB_OFFLINE=$BAKE
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["sdworker", "verify", "--quick"]
+STOPSIGNAL SIGTERM
+CMD ["sdworker", "start"]
