@@ -11,7 +11,9 @@
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
 ARG MODEL_REVISION=462165984030d82259a11f4367a4eed129e94a7b
-# 0: no model in the image; the worker looks for it as `sdworker start --help` says
+# Components and LoRAs from elsewhere, as in SDWORKER_EXTRAS
+ARG EXTRAS=
+# 0: no model in the image; the worker takes RunPod's cached model, or one on a volume, or fetches it
 ARG BAKE=1
 
 FROM ${BASE_IMAGE} AS base
@@ -60,7 +62,9 @@ RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs \
 FROM deps AS bake
 ARG MODEL_ID
 ARG MODEL_REVISION
+ARG EXTRAS
 ARG BAKE
+ARG LAYER_BYTES=3000000000
 ARG HF_ENDPOINT=https://huggingface.co
 ENV HF_HOME=/build/cache/huggingface \
     HF_HUB_CACHE=/build/cache/huggingface/hub \
@@ -74,12 +78,17 @@ COPY --from=test /tests-passed /tests-passed
 COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
     mkdir -p "$TMPDIR" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
-    && if [ "$BAKE" = 1 ]; then \
-        cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION" \
-        && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" --to "$cached" \
+    && case "$BAKE" in \
+    0) ;; \
+    1)  expr "$MODEL_REVISION" : '[0-9a-f]\{40\}$' > /dev/null \
+            || { echo "MODEL_REVISION is '$MODEL_REVISION'; it should be a full commit." >&2; exit 1; } \
+        && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$EXTRAS/model" \
+        && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" \
+            --extras "$EXTRAS" --to "$cached" \
         && sdworker bake "$cached" --to "$SDWORKER_BAKED" \
-        && python -m sdworker.image "$SDWORKER_BAKED" /layers 8; \
-    fi
+        && python -m sdworker.image "$SDWORKER_BAKED" /layers 8 "$LAYER_BYTES" ;; \
+    *)  echo "BAKE is $BAKE; it should be 1 or 0." >&2 && exit 1 ;; \
+    esac
 
 # What is shipped: packages, the model's layers, and last the code, which changes most often.
 FROM base AS worker
@@ -95,7 +104,7 @@ COPY --from=bake /layers/6/ /model/
 COPY --from=bake /layers/7/ /model/
 COPY --from=test /opt/sdworker /opt/sdworker
 ARG MODEL_ID
-ARG MODEL_REVISION
+ARG EXTRAS
 ARG BAKE
 ENV HF_HOME=/cache/huggingface \
     HF_HUB_CACHE=/cache/huggingface/hub \
@@ -110,7 +119,7 @@ ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/sdworker \
     PYTHONUNBUFFERED=1 \
     SDWORKER_MODEL=$MODEL_ID \
-    SDWORKER_REVISION=$MODEL_REVISION \
+    SDWORKER_EXTRAS=$EXTRAS \
     SDWORKER_OFFLINE=$BAKE \
     HF_HUB_OFFLINE=$BAKE
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["sdworker", "verify", "--quick"]

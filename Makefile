@@ -5,7 +5,7 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint in-step embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test lint lock in-step image-test embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: venv lint  ## every notebook and every test
 lint: venv  ## ruff over notebooks, tests and scripts
 	$(PY) -m ruff check .
 
+lock: venv  ## lock what the image installs, after a change of settings.ini (needs uv)
+	$(PY) docs/lock.py
+
 embedded: venv  ## retrain the embedded model from nothing (about 75 minutes on two cores)
 	$(PY) -m sdworker.training
 	$(PY) -m sdworker.quality results/adherence.json --sheet nbs/images/drawn.png
@@ -46,9 +49,12 @@ in-step: venv  ## are the notebooks clean, and the package what they export?
 docs: venv  ## build the site into _docs
 	$(PY) docs/build.py
 
+image-test: venv  ## build the image with buildah and draw in it, as root (a quarter of an hour, later half of it)
+	$(PY) -m pytest -m image -rs --timeout=3000 --durations=5 tests/test_image.py
+
 system-deps:  ## Debian packages, as root
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends git python3 python3-venv
+	apt-get install -y -qq --no-install-recommends git python3 python3-venv buildah debootstrap iproute2
 
 clean:  ## remove everything that is made
 	rm -rf .venv _docs _proc out build dist *.egg-info

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'OnBytes', 'SDXL_VAE', 'FP16_VAE', 'needed', 'hub_refusal', 'read_manifest', 'Extra', 'parse_extras',
-           'verify', 'bake', 'set_writable', 'quick_check']
+           'verify', 'bake', 'set_writable', 'in_tenths', 'quick_check']
 
-# %% ../nbs/11_bake.ipynb #c75d73ad
+# %% ../nbs/11_bake.ipynb #1a2151f8
 import hashlib
 import json
 import os
@@ -17,19 +17,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cache import need_space
-from .card import EMBEDDED, ModelError, read_entry, read_json
-from .files import check_files, check_length, components, has_weights
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-# %% ../nbs/11_bake.ipynb #1e09895a
+from .cache import need_space
+from .card import EMBEDDED, ModelError, read_json
+from .files import check_files, check_length, components, has_weights, stays_inside
+from .settings import complaint
+
+# %% ../nbs/11_bake.ipynb #bf75efc0
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
-_TEXT = (".json", ".txt", ".model")  # configurations and vocabularies
+_TEXT = (".json", ".txt", ".model", ".jinja")  # configurations and vocabularies
 
 def _of_component(names: Iterable[str], variant: str) -> tuple[list[str], list[str]]:  # weights, the rest
     "What is needed of the files in one component's folder."
@@ -41,8 +44,8 @@ def _of_component(names: Iterable[str], variant: str) -> tuple[list[str], list[s
         index = [name for name, of in indexes if of == wanted]
         if shards and index:
             return index + shards, rest
-        if single := [name for name, of, shard in weights if of == wanted and not shard]:
-            return single, rest
+        if single := sorted(name for name, of, shard in weights if of == wanted and not shard):
+            return single[:1], rest  # diffusers' name before transformers', as a load looks for them
     return [], rest
 
 # %% ../nbs/11_bake.ipynb #2dbd7453
@@ -84,17 +87,17 @@ class _Listing:
     files: dict[str, _File]
     manifest: dict | None = None  # of a folder that has been baked before
 
-# %% ../nbs/11_bake.ipynb #835bf3a3
+# %% ../nbs/11_bake.ipynb #0a5bb821
 def _on_hub(repository: str, revision: str | None) -> _Listing:
     "What the hub has."
     from huggingface_hub import HfApi
 
     with _hub_errors(repository):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        info = _patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
     license = getattr(info.card_data, "license", None)
     files = {entry.rfilename: _File(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None, repository,
                                     info.sha, license, entry.rfilename, None if entry.lfs else entry.blob_id)
-             for entry in info.siblings}
+             for entry in info.siblings if stays_inside(entry.rfilename)}
     return _Listing(repository, info.sha, license, files)
 
 @contextmanager
@@ -105,12 +108,26 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the network's
+            raise ModelError(f"{repository} cannot be kept here ({error}); see to the disk and try again.") from error
         raise hub_refusal(error, repository) from error
 
-# %% ../nbs/11_bake.ipynb #7eaf19ac
+def _patiently(ask: Callable[[], Any], tries: int = 4) -> Any:
+    "Ask the hub again, after 1, 2 and 4 seconds, while it says that something is wrong on its side."
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for left in reversed(range(tries)):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if not left or error.response.status_code < 500:
+                raise
+            time.sleep(2 ** (tries - 1 - left))
+
+# %% ../nbs/11_bake.ipynb #05a91de9
 def hub_refusal(
     error: Exception,  # from the hub's client
-    repository: str,
+    repository: str,  # that was asked for
 ) -> ModelError:  # lasting, where the hub itself said no
     "What an error of the hub's client means for the one who asked."
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -124,53 +141,81 @@ def hub_refusal(
         return ModelError(f"{repository} is no model on the hub, or a private one; check the spelling and HF_TOKEN.",
                           lasting=True)
     reason = str(error).strip().split("\n")[0] or type(error).__name__
+    reason = re.sub(r"(\bhttps?://[^\s?']+)\?[^\s']*", r"\1", reason)  # a signed address is as good as a token
     return ModelError(f"{repository} is not to be had from the hub ({reason}); check the network and try again.")
 
-# %% ../nbs/11_bake.ipynb #7b8957ed
+# %% ../nbs/11_bake.ipynb #0160336e
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
-def _in_folder(folder: Path, name: str) -> _Listing:
-    "What a local folder holds: by its manifest, or else by a look at all its bytes."
+def _in_folder(folder: Path, name: str, variant: str) -> _Listing:
+    "What a local folder holds: by its manifest, or else by a look at the bytes that are needed."
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        files = {entry["file"]: _File(**entry, origin=folder / entry["file"]) for entry in manifest["files"]}
+        files = {entry["file"]: _File(**{key: entry[key] for key in _KEYS}, origin=folder / entry["file"])
+                 for entry in manifest["files"]}
         return _Listing(manifest["repository"], manifest["revision"], manifest["license"], files, manifest)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    inside = [Path(where, file).relative_to(folder).as_posix()
+              for where, _, found in os.walk(folder, followlinks=True) for file in found]
+    names = needed(inside, dict(components(folder)), variant)
     with ThreadPoolExecutor() as pool:
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        hashes = dict(zip(names, pool.map(_sha256, paths), strict=True))
+        hashes = dict(zip(names, pool.map(_sha256, [folder / file for file in names]), strict=True))
     revision = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:40]
     files = {file: _File(file, (folder / file).stat().st_size, sha256, name, revision, None, folder / file)
              for file, sha256 in hashes.items()}
     return _Listing(name, revision, None, files)
 
-# %% ../nbs/11_bake.ipynb #6277908a
+# %% ../nbs/11_bake.ipynb #1b5860f8
 MANIFEST = "manifest.json"
+_KEYS = ("file", "bytes", "sha256", "repository", "revision", "license")
 
+class _Entry(BaseModel):
+    "A file in a manifest."
+    model_config = ConfigDict(extra="forbid", strict=True)
+    file: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    repository: str
+    revision: str | None  # commit
+    license: str | None  # identifier
+    cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes and sha256 as they came
+
+class _Manifest(BaseModel):
+    "What a baked folder says of itself."
+    model_config = ConfigDict(extra="forbid", strict=True)
+    repository: str
+    revision: str  # commit
+    asked: str | None  # what was asked for: a branch, a tag, or the same commit
+    license: str | None
+    pipeline: str
+    variant: str
+    extras: str
+    bytes: int
+    files: list[_Entry] = Field(min_length=1)
+
+    @field_validator("files")
+    @classmethod
+    def _sound(cls, files: list[_Entry]) -> list[_Entry]:
+        names = [entry.file for entry in files]
+        if len(set(names)) < len(names) or not all(map(stays_inside, names)):
+            raise ValueError("should name each file once, and none outside the folder")
+        return files
+
+# %% ../nbs/11_bake.ipynb #f4553e42
 def read_manifest(
     folder: Path,  # that has been baked
-) -> dict:  # repository, revision, license, pipeline, variant, extras, bytes, files
+) -> dict:  # repository, revision, asked, license, pipeline, variant, extras, bytes, files
     "A baked folder's manifest, or `ModelError`."
     if not (folder / MANIFEST).exists():
         raise ModelError(f"{folder} has no {MANIFEST}, so it was not baked; make it with `sdworker bake`.")
-    for name, kind in (("repository", str), ("revision", str), ("variant", str), ("extras", str), ("files", list)):
-        read_entry(folder / MANIFEST, name, kind)
-    manifest = read_json(folder / MANIFEST)
-    for entry in manifest["files"]:
-        if not isinstance(entry, dict) or entry.keys() != _KEYS or not _inside(entry["file"]):
-            raise ModelError(f"{folder / MANIFEST} lists {entry!r:.80}, which is no file's entry; bake the model "
-                             "again.", lasting=True)
-    return manifest
+    try:
+        return _Manifest(**read_json(folder / MANIFEST)).model_dump()
+    except ValidationError as error:
+        raise ModelError(f"{folder / MANIFEST} is damaged: {complaint(error)} Bake the model again.",
+                         lasting=True) from None
 
-_KEYS = {"file", "bytes", "sha256", "repository", "revision", "license"}
-
-def _inside(file: Any) -> bool:
-    "Whether a path stays in its folder."
-    return isinstance(file, str) and not Path(file).is_absolute() and ".." not in Path(file).parts
-
-# %% ../nbs/11_bake.ipynb #68e50a8e
+# %% ../nbs/11_bake.ipynb #5d2f794d
 OnBytes = Callable[[int], None]  # called with bytes that have arrived; negative: they were of no use
 
 class _Bar:
@@ -193,9 +238,13 @@ def _download(file: _File, part: Path, on_bytes: OnBytes) -> None:
 
     have = part.stat().st_size if part.exists() else 0
     on_bytes(have)
-    with _hub_errors(f"{file.file} of {file.repository}"), part.open("ab") as stream:
-        http_get(hf_hub_url(file.repository, file.origin, revision=file.revision), stream, resume_size=have,
-                 headers=build_hf_headers(), expected_size=file.bytes, tqdm_class=partial(_Bar, on_bytes))
+    def fetch() -> None:
+        with part.open("ab") as stream:
+            http_get(hf_hub_url(file.repository, file.origin, revision=file.revision), stream,
+                     resume_size=stream.tell(), headers=build_hf_headers(), expected_size=file.bytes,
+                     tqdm_class=partial(_Bar, on_bytes))
+    with _hub_errors(f"{file.file} of {file.repository}"):
+        _patiently(fetch)
 
 # %% ../nbs/11_bake.ipynb #ffca666d
 def _copy(file: _File, part: Path, on_bytes: OnBytes) -> None:
@@ -214,9 +263,12 @@ def _hash_if_right(path: Path, file: _File) -> str | None:  # its sha256
     git = hashlib.sha1(b"blob %d\0" % file.bytes + path.read_bytes()).hexdigest() if file.git else None
     return found if (found, git) == (promised, file.git) else None
 
-# %% ../nbs/11_bake.ipynb #743d7da7
+# %% ../nbs/11_bake.ipynb #2b215f49
 def _take(file: _File, staging: Path, on_bytes: OnBytes) -> _File:
     "Bring one file into the staging folder, and say what its hash is."
+    if not stays_inside(file.file):
+        raise ModelError(f"{file.repository} has a file {file.file!r}, which would lie outside the model's folder.",
+                         lasting=True)
     final = staging / file.file
     part = final.with_name(final.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +288,7 @@ def _take(file: _File, staging: Path, on_bytes: OnBytes) -> _File:
                      f"({file.bytes} bytes, hash {file.sha256 or file.git}); see what is between here and there, such "
                      "as a proxy.")
 
-# %% ../nbs/11_bake.ipynb #ab442b06
+# %% ../nbs/11_bake.ipynb #4adb760b
 SDXL_VAE = [128, 256, 512, 512]  # channels, by which it is known
 FP16_VAE = "vae=madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"
 
@@ -254,11 +306,11 @@ def parse_extras(
     "Read the list of extras, or raise `ModelError` with the entry that is wrong."
     found = []
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
-        match = re.fullmatch(r"(\w+)=([\w.-]+/[\w.-]+)@([\w.-]+)(?::([\w./-]+))?", entry)
+        match = re.fullmatch(r"(\w+)=([\w.-]+/[\w.-]+)@([0-9a-f]{40})(?::([\w./-]+))?", entry)
         path = match[4] or "" if match else ""
-        if not match or not _inside(path) or (match[1] == "lora") != path.endswith(".safetensors"):
+        if not match or (path and not stays_inside(path)) or (match[1] == "lora") != path.endswith(".safetensors"):
             raise ModelError(f"the extra {entry!r} is not understood; it should be like vae=owner/name@commit or "
-                             "lora=owner/name@commit:file.safetensors.", lasting=True)
+                             "lora=owner/name@commit:file.safetensors, with a full commit.", lasting=True)
         found.append(Extra(*match.groups(default="")))
     return found
 
@@ -329,7 +381,7 @@ def _strangers(folder: Path, manifest: dict) -> list[str]:
     return [f"{path} is not in the manifest" for path in sorted(folder.rglob("*"))
             if not path.is_dir() and path not in known]
 
-# %% ../nbs/11_bake.ipynb #125300a5
+# %% ../nbs/11_bake.ipynb #6581889a
 def _plan(listing: _Listing, staging: Path, variant: str, extras: str) -> list[_File]:
     "Which files make up the baked model; brings the two that have to be read for that."
     def read(name: str) -> dict:
@@ -345,10 +397,12 @@ def _plan(listing: _Listing, staging: Path, variant: str, extras: str) -> list[_
     for extra in wanted:
         added = _extra_files(extra, kinds, variant)
         files = {name: file for name, file in files.items() if not name.startswith(f"{extra.name}/")}
+        if twice := [file.file for file in added if file.file in files]:
+            raise ModelError(f"two extras would both be {twice[0]}; leave one out.", lasting=True)
         files |= {file.file: file for file in added}
     return sorted(files.values(), key=lambda file: -file.bytes)
 
-# %% ../nbs/11_bake.ipynb #cd0c62c3
+# %% ../nbs/11_bake.ipynb #d5acea15
 def _gather(files: list[_File], staging: Path, on_bytes: OnBytes) -> list[_File]:
     "Take files, four at a time; at the first failure the others stop, and keep their parts."
     stop, lock = threading.Event(), threading.Lock()
@@ -358,15 +412,14 @@ def _gather(files: list[_File], staging: Path, on_bytes: OnBytes) -> list[_File]
             raise ModelError("stopped, since another file failed.")
         with lock:
             on_bytes(arrived)
-    with ThreadPoolExecutor(4) as pool:
-        try:
-            return list(pool.map(lambda file: _take(file, staging, count), files))
-        except BaseException:  # an interrupt too: do not wait for five gigabytes
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(4)
+    try:
+        return list(pool.map(lambda file: _take(file, staging, count), files))
+    finally:  # after an interrupt too: do not wait for what still comes
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/11_bake.ipynb #e9353102
+# %% ../nbs/11_bake.ipynb #4e108d48
 def bake(
     model: str,  # "owner/name" on the hub, a folder, or "embedded"
     to: Path,  # folder to make
@@ -376,76 +429,81 @@ def bake(
     on_progress: Callable[[int, int], None] = lambda done, total: None,  # bytes
 ) -> dict:  # the manifest
     "Bake a model into a read-only folder with a manifest; may be interrupted and called again. Raises `ModelError`."
-    to, local = Path(to), EMBEDDED if model == "embedded" else Path(model)
-    same = {"repository": model, "variant": variant, "extras": extras}
-    if not local.is_dir() and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (
-            done := _baked_before(to, same | {"revision": revision})):
-        return done
-    name = model if model == "embedded" else local.name
+    from filelock import FileLock
+
+    to, local = Path(to).resolve(), EMBEDDED if model == "embedded" else Path(model)
     if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} is no folder, and no model id like owner/name.", lasting=True)
-    listing = _in_folder(local, name) if local.is_dir() else _on_hub(model, revision)
-    if listing.manifest:
-        same = {name: listing.manifest[name] for name in same}
-    same |= {"repository": listing.repository, "revision": listing.revision}
-    return _baked_before(to, same) or _bake(listing, to, same, on_progress)
+    if os.path.ismount(to):
+        raise ModelError(f"{to} is a mount point, which cannot be put in place as a whole; choose a folder in it.")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(to.with_name(f".{to.name}.lock")):
+        same = {"repository": model, "variant": variant, "extras": extras}
+        if not local.is_dir() and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (
+                done := _baked_before(to, same | {"revision": revision}, on_progress)):
+            return done
+        name = model if local == EMBEDDED else local.name
+        listing = _in_folder(local, name, variant) if local.is_dir() else _on_hub(model, revision or None)
+        if listing.manifest:
+            same = {name: listing.manifest[name] for name in same}
+        same |= {"repository": listing.repository, "revision": listing.revision}
+        return _baked_before(to, same, on_progress) or _bake(
+            listing, to, same | {"asked": revision or listing.revision}, on_progress)
 
-# %% ../nbs/11_bake.ipynb #e800c914
-def _baked_before(to: Path, same: dict) -> dict | None:
+# %% ../nbs/11_bake.ipynb #7c8522a6
+def _baked_before(to: Path, same: dict, on_progress: Callable[[int, int], None]) -> dict | None:
     "The manifest of a folder that holds what is wanted; a damaged one is opened for repair."
     if not to.exists() or not any(to.iterdir()):
         return None
-    there = read_manifest(to) if (to / MANIFEST).exists() else None
-    if not there or {name: there[name] for name in same} != same:
-        holds = f"{there['repository']} at {there['revision']}" if there else "something that was not baked"
-        raise ModelError(f"{to} holds {holds}, and {same['repository']} at {same['revision']} is asked for; "
-                         "choose another folder, or remove that one.", lasting=True)
+    if not (to / MANIFEST).exists():
+        raise ModelError(f"{to} holds something that was not baked; choose another folder.", lasting=True)
+    there = read_manifest(to)
+    if other := [name for name in same if there[name] != same[name]]:
+        raise ModelError(f"{to} holds a model with {', '.join(f'{name} {there[name]!r}' for name in other)}, and "
+                         f"{', '.join(f'{name} {same[name]!r}' for name in other)} is asked for; choose another "
+                         "folder, or remove that one.", lasting=True)
     try:
-        verify(to, quick=True)
+        verify(to, on_progress=on_progress)
         return there
     except ModelError:
         set_writable(to, True)
+        shutil.rmtree(_staging(to), ignore_errors=True)
         to.rename(_staging(to))
         return None
 
 def _staging(to: Path) -> Path:
     return to.with_name(to.name + ".partial")
 
+# %% ../nbs/11_bake.ipynb #1054612d
 def set_writable(
-    folder: Path,
+    folder: Path,  # with all that is in it
     writable: bool,  # by its owner
 ) -> None:
     "Open a folder and all that is in it, or make it read-only."
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o755 if writable else 0o555) if path.is_dir() else (0o644 if writable else 0o444))
 
-# %% ../nbs/11_bake.ipynb #bf614de1
-def _bake(listing: _Listing, to: Path, same: dict, on_progress: Callable[[int, int], None]) -> dict:
+def _bake(listing: _Listing, to: Path, about: dict, on_progress: Callable[[int, int], None]) -> dict:
     "Fetch, check, write the manifest, close the folder, give it its name."
-    from filelock import FileLock
-
     staging = _staging(to)
-    staging.mkdir(parents=True, exist_ok=True)
-    with FileLock(staging / ".lock"):
-        if to.exists() and any(to.iterdir()):  # someone else was quicker
-            shutil.rmtree(staging, ignore_errors=True)
-            return read_manifest(to)
-        files = (list(listing.files.values()) if listing.manifest else
-                 _plan(listing, staging, same["variant"], same["extras"]))
-        total, done = sum(file.bytes for file in files), [0]
-        there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        need_space(to, total - there, listing.repository)
+    staging.mkdir(exist_ok=True)
+    files = (list(listing.files.values()) if listing.manifest else
+             _plan(listing, staging, about["variant"], about["extras"]))
+    total, done = sum(file.bytes for file in files), 0
+    there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    need_space(staging, total - there, listing.repository)
 
-        def on_bytes(arrived: int) -> None:
-            done[0] += arrived
-            on_progress(min(done[0], total), total)
-        entries = [asdict(file) for file in _gather(files, staging, on_bytes)]
-        manifest = {**same, "license": listing.license, "bytes": total,
-                    "pipeline": read_json(staging / "model_index.json").get("_class_name"),
-                    "files": [{name: entry[name] for name in sorted(_KEYS)} for entry in
-                              sorted(entries, key=lambda entry: entry["file"])]}
-        _finish(staging, to, manifest)
-    return manifest
+    def on_bytes(arrived: int) -> None:
+        nonlocal done
+        done += arrived
+        on_progress(min(done, total), total)
+    cuts = {entry["file"]: entry["cut_from"] for entry in listing.manifest["files"]} if listing.manifest else {}
+    entries = [{name: getattr(file, name) for name in _KEYS} | {"cut_from": cuts.get(file.file)}
+               for file in sorted(_gather(files, staging, on_bytes), key=lambda file: file.file)]
+    manifest = about | {"license": listing.license, "bytes": total, "files": entries,
+                        "pipeline": read_json(staging / "model_index.json").get("_class_name")}
+    _finish(staging, to, manifest)
+    return read_manifest(to)
 
 # %% ../nbs/11_bake.ipynb #19d85163
 def _finish(staging: Path, to: Path, manifest: dict) -> None:
@@ -459,6 +517,21 @@ def _finish(staging: Path, to: Path, manifest: dict) -> None:
         to.rmdir()  # it is empty
     staging.rename(to)
     set_writable(to, False)
+
+# %% ../nbs/11_bake.ipynb #76369e35
+def in_tenths(
+    say: Callable[[str], None],  # gets a line now and then
+    doing: str,  # such as "fetched"
+) -> Callable[[int, int], None]:  # an `on_progress`
+    "Tell progress in at most eleven lines."
+    said = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if total and (tenth := 10 * done // total) > said:
+            said = tenth
+            say(f"{doing} {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+    return tell
 
 # %% ../nbs/11_bake.ipynb #b6286bda
 def quick_check(

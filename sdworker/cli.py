@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'generate', 'coldstart', 'bake', 'verify', 'serve', 'start', 'main']
 
-# %% ../nbs/99_cli.ipynb #52199fb1
+# %% ../nbs/99_cli.ipynb #e0792e70
 import sdworker.ledger  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,23 +160,19 @@ def _coldstart(repeat: int, against: str | None, warm: bool, plot: Path | None, 
         lab.plot(report, plot)
     return report
 
-# %% ../nbs/99_cli.ipynb #786df019
+# %% ../nbs/99_cli.ipynb #5cd7f4e4
 @contextmanager
-def _tenths(shown: bool, doing: str):
-    "Lines on stderr, for a log; yields what to call with bytes done and bytes in all."
-    said = -1
+def _of_bytes(shown: bool, doing: str):
+    "A progress bar, or lines where there is no terminal; yields what to call with bytes done and bytes in all."
+    from sdworker.bake import in_tenths
 
-    def tell(done: int, total: int) -> None:
-        nonlocal said
-        if shown and total and (tenth := 10 * done // total) > said:
-            said = tenth
-            typer.echo(f"{doing}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", err=True)
-    yield tell
+    if sys.stderr.isatty():
+        with _bar(shown, doing, of_bytes=True) as on_bytes:
+            yield on_bytes
+    else:
+        yield in_tenths(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
 
-def _progress(as_json: bool, doing: str):
-    return _bar(True, doing, True) if sys.stderr.isatty() and not as_json else _tenths(not as_json, doing)
-
-# %% ../nbs/99_cli.ipynb #eaff8293
+# %% ../nbs/99_cli.ipynb #34a85336
 @app.command()
 def bake(
     model: Annotated[str, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")],
@@ -202,15 +199,20 @@ def bake(
     """
     from sdworker.bake import bake
 
-    with _plain_errors(), _progress(as_json, "fetched") as on_progress:
-        manifest = bake(model, to, revision, variant, settings().extras if extras is None else extras, on_progress)
+    try:
+        with _plain_errors(), _of_bytes(not as_json, "fetched") as on_progress:
+            wanted = settings().extras if extras is None else extras
+            manifest = bake(model, to, revision, variant, wanted, on_progress)
+    except KeyboardInterrupt:
+        typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
+        os._exit(130)  # at once: a download that hangs would be waited for
     if as_json:
         typer.echo(json.dumps(manifest))
         return
     typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: {manifest['license'] or 'not stated'}): "
                f"{len(manifest['files'])} files, {manifest['bytes'] / 1e9:.2f} GB in {to}")
 
-# %% ../nbs/99_cli.ipynb #77de0c84
+# %% ../nbs/99_cli.ipynb #218fcf02
 @app.command()
 def verify(
     folder: Annotated[Path | None, typer.Argument(help="That was baked; default: the model of the settings.")] = None,
@@ -225,17 +227,34 @@ def verify(
 
         sdworker verify --quick
     """
+    with _plain_errors(), _of_bytes(not (as_json or quick), "read") as on_progress:
+        report = _verified(folder, quick, on_progress)
+    if as_json:
+        typer.echo(json.dumps(report))
+    elif not report["folder"]:
+        typer.echo(f"{settings().model} is not here yet; the worker fetches it")
+    elif quick:
+        typer.echo(f"{report['folder']} is whole at a quick look")
+    else:
+        typer.echo(f"{report['folder']} is whole: {report['files']} files, {report['bytes'] / 1e9:.2f} GB, every byte, "
+                   f"{report['seconds']:.1f} s")
+
+# %% ../nbs/99_cli.ipynb #fbdee093
+def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
+    "What `verify` says of a folder, or of the model of the settings."
     from sdworker.bake import MANIFEST, verify
+    from sdworker.cache import usable_caches
     from sdworker.sources import find
 
-    with _plain_errors(), _progress(as_json, "read") as on_progress:
-        look = None if folder else find(settings())
-        if look and quick and not (look.folder / MANIFEST).exists():  # looked at by `find`; nothing to hold it against
-            report = {"folder": str(look.folder), "quick": True}
-        else:
-            report = verify(folder or (look and look.folder) or Path(settings().baked), quick, on_progress)
-    typer.echo(json.dumps(report) if as_json else f"{report['folder']} is whole" + (" at a quick look" if quick else
-               f": {report['files']} files, {report['bytes'] / 1e9:.2f} GB, every byte, {report['seconds']:.1f} s"))
+    if folder:
+        return verify(folder, quick, on_progress)
+    usable_caches()  # as the worker does, so that both look in the same places
+    look = find(settings())
+    if not look:
+        return {"folder": None, "quick": quick}
+    if quick and not (look.folder / MANIFEST).exists():  # `find` has looked; there is nothing else to hold it against
+        return {"folder": str(look.folder), "quick": True}
+    return verify(look.folder, quick, on_progress)
 
 # %% ../nbs/99_cli.ipynb #642a777c
 @app.command()

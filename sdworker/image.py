@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LAYER', 'SDXL_FILES', 'shard', 'split_layers', 'main', 'lock_sizes']
 
-# %% ../nbs/13_image.ipynb #2e42c722
+# %% ../nbs/13_image.ipynb #ea8dbff1
 import argparse
+import hashlib
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -46,13 +46,15 @@ def _write_part(source: Path, data: int, part: list[tuple[str, dict]], to: Path)
             out.write(piece)
             left -= len(piece)
 
-# %% ../nbs/13_image.ipynb #6bb8360e
+# %% ../nbs/13_image.ipynb #9aa23d2a
+_WHOLE = re.compile(r"(diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
+
 def shard(
     path: Path,  # safetensors; it is replaced
     limit: int,  # bytes of tensors in one shard
 ) -> list[Path]:  # the shards and their index
     "Cut a weights file into shards, as diffusers and transformers name them."
-    name = re.fullmatch(r"(\w+)(?:\.(\w+))?\.safetensors", path.name)
+    name = _WHOLE.fullmatch(path.name)
     if not name:
         raise ModelError(f"{path.name} is cut already, or named unlike a weights file.", lasting=True)
     half, data, parts = f".{name[2]}" if name[2] else "", header_of(path)[0], _parts(path, limit)
@@ -66,19 +68,21 @@ def shard(
     path.unlink()
     return [*files, index]
 
-# %% ../nbs/13_image.ipynb #14f95eaf
+# %% ../nbs/13_image.ipynb #2131450a
 LAYER = 3_000_000_000  # bytes
 
 def split_layers(
     folder: Path,  # a baked model; its files are moved
     to: Path,  # gets folders 0, 1, ...
-    count: int = 8,
+    count: int = 8,  # of folders
     limit: int = LAYER,  # bytes in a layer, as far as `count` allows
 ) -> list[int]:  # bytes in each layer
     "Spread a baked model over layers, cutting files that are too large for one."
     manifest = read_manifest(folder)
     set_writable(folder, True)
-    for entry in [entry for entry in manifest["files"] if entry["bytes"] > limit]:
+    large = [entry for entry in manifest["files"] if entry["bytes"] > limit and _WHOLE.fullmatch(
+        Path(entry["file"]).name) and not entry["file"].startswith("loras/")]
+    for entry in large:
         manifest["files"].remove(entry)
         manifest["files"] += [_entry(path, folder, entry) for path in shard(folder / entry["file"], limit)]
     manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"])
@@ -90,19 +94,16 @@ def split_layers(
         for file in files:
             (layer / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).rename(layer / file)
-        for path in (layer, *layer.rglob("*")):
-            os.utime(path, (0, 0))
         set_writable(layer, False)
     return [sum(path.stat().st_size for path in (to / str(k)).rglob("*.*")) for k in range(count)]
 
-# %% ../nbs/13_image.ipynb #9f3ea6ea
+# %% ../nbs/13_image.ipynb #0c4ab424
 def _entry(path: Path, folder: Path, origin: dict) -> dict:
     "A shard's entry in the manifest."
-    import hashlib
-
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return origin | {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256}
+    return origin | {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256,
+                     "cut_from": {name: origin[name] for name in ("file", "bytes", "sha256")}}
 
 def _pack(sizes: dict[str, int], count: int, limit: int) -> list[list[str]]:
     "Files in layers: the largest first, into the first layer that has room, or else into the emptiest."
@@ -114,15 +115,18 @@ def _pack(sizes: dict[str, int], count: int, limit: int) -> list[list[str]]:
         filled[k] += sizes[file]
     return layers
 
-# %% ../nbs/13_image.ipynb #c177bd69
-def main(arguments: list[str] | None = None) -> None:
+# %% ../nbs/13_image.ipynb #a8e9a170
+def main(
+    arguments: list[str] | None = None,  # default: the command line's
+) -> None:
     "What the Dockerfile calls."
     parser = argparse.ArgumentParser(description=split_layers.__doc__)
     parser.add_argument("folder", type=Path, help="a baked model")
     parser.add_argument("to", type=Path, help="gets folders 0, 1, ...")
-    parser.add_argument("count", type=int, nargs="?", default=8)
+    parser.add_argument("count", type=int, nargs="?", default=8, help="of folders")
+    parser.add_argument("limit", type=int, nargs="?", default=LAYER, help="bytes in a layer")
     given = parser.parse_args(arguments)
-    for number, size in enumerate(split_layers(given.folder, given.to, given.count)):
+    for number, size in enumerate(split_layers(given.folder, given.to, given.count, given.limit)):
         print(f"layer {number}: {size / 1e9:.2f} GB")
 
 if __name__ == "__main__" and "__file__" in globals():

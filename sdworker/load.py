@@ -78,6 +78,8 @@ def _load(chosen: Settings) -> "Engine":
         device, dtype = place(chosen)
         LEDGER.lap("device")
         card = replace(card, folder=here.folder if here else resolve(chosen))
+        if (card.folder / "loras").is_dir():
+            log.warning("the LoRAs in %s are not applied; this version cannot", card.folder / "loras")
         LEDGER.lap("download")
         try:
             engine = kind(card, device, dtype)

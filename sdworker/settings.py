@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # %% ../nbs/01_settings.ipynb #ce61b0d6
@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     max_side: int = Field(1536, ge=64, le=8192, description="Largest width or height, pixels")
     max_prompt: int = Field(2000, ge=1, le=100_000, description="Longest prompt, characters")
     log_prompts: bool = Field(False, description="Write prompts into the log")
+
+    @field_validator("revision", mode="before")
+    @classmethod
+    def _none(cls, given: str | None) -> str | None:
+        return given or None  # an empty variable is how a container says that there is none
 
 # %% ../nbs/01_settings.ipynb #237eae4f
 def complaint(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Look', 'find', 'resolve']
 
-# %% ../nbs/12_sources.ipynb #86422d76
+# %% ../nbs/12_sources.ipynb #6cf89e63
 import logging
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .bake import MANIFEST, bake, hub_refusal, quick_check, read_manifest
+from .bake import MANIFEST, bake, hub_refusal, in_tenths, quick_check, read_manifest
 from .card import EMBEDDED, ModelError
 from .settings import Settings
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/12_sources.ipynb #7e7c6a1a
+# %% ../nbs/12_sources.ipynb #1523ec58
 @dataclass(frozen=True)
 class Look:
     "What came of looking in one place."
@@ -34,41 +34,50 @@ def _look_at_baked(
     chosen: Settings,
 ) -> Look:
     "Whether a folder's manifest names the model that is asked for, and its files are there."
-    if not (folder / MANIFEST).exists():
-        return Look(place, folder, "nothing was baked there")
     try:
+        if not (folder / MANIFEST).exists():
+            return Look(place, folder, "nothing was baked there")
         manifest = read_manifest(folder)
         if manifest["repository"] != chosen.model:
             return Look(place, folder, f"it holds {manifest['repository']}")
-        if chosen.revision not in (None, manifest["revision"]):
+        if chosen.revision not in (None, manifest["revision"], manifest["asked"]):
             return Look(place, folder, f"it holds commit {manifest['revision']}")
         if chosen.extras not in ("", manifest["extras"]):
             return Look(place, folder, f"it was baked with the extras {manifest['extras']!r}")
         quick_check(folder)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return Look(place, folder, str(error).rstrip("."), broken=True)
     return Look(place, folder)
 
-# %% ../nbs/12_sources.ipynb #9d7c3178
+# %% ../nbs/12_sources.ipynb #e202bc4c
 def _look_in_cache(
     place: str,
     cache: Path,  # in the hub's layout
     chosen: Settings,
 ) -> Look:
     "Whether a cache holds the model that is asked for, whole."
-    here = cache / f"models--{chosen.model.replace('/', '--')}"
-    name = chosen.revision or "main"
-    commit = here / "refs" / name
-    folder = here / "snapshots" / (commit.read_text().strip() if commit.is_file() else name)
-    if not folder.is_dir():
-        return Look(place, folder, f"it has no {chosen.model}" + (f" at {chosen.revision}" if chosen.revision else ""))
-    if chosen.extras:
-        return Look(place, folder, "it has no extras")
+    folder = cache / f"models--{chosen.model.replace('/', '--')}"
     try:
+        folder = _snapshot(folder, chosen.revision) or folder
+        if folder.parent.name != "snapshots":
+            at = f" at {chosen.revision}" if chosen.revision else ""
+            return Look(place, folder, f"it has no {chosen.model}{at}")
+        if chosen.extras:
+            return Look(place, folder, "it has no extras")
         quick_check(folder)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return Look(place, folder, str(error).rstrip("."), broken=True)
     return Look(place, folder)
+
+def _snapshot(here: Path, revision: str | None) -> Path | None:
+    "The folder of a revision in the hub's cache; without one the only folder there is, or that of `main`."
+    ref, snapshots = here / "refs" / (revision or "main"), here / "snapshots"
+    if ref.is_file():
+        return snapshots / ref.read_text().strip()
+    if revision:
+        return snapshots / revision if (snapshots / revision).is_dir() else None
+    there = list(snapshots.iterdir()) if snapshots.is_dir() else []
+    return there[0] if len(there) == 1 else None
 
 # %% ../nbs/12_sources.ipynb #1fe87133
 def _places(chosen: Settings) -> Iterator[Look]:
@@ -91,9 +100,9 @@ def _hub_cache() -> Path:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
-# %% ../nbs/12_sources.ipynb #30269d9a
+# %% ../nbs/12_sources.ipynb #cb71e560
 def find(
-    chosen: Settings,
+    chosen: Settings,  # model, revision, extras, and where to look
 ) -> Look | None:  # None: it is in no place, and would have to be fetched
     "Find the model that the settings ask for on this machine, whole; or raise `ModelError` with what is wrong."
     folder = EMBEDDED if chosen.model == "embedded" else Path(chosen.model)
@@ -112,7 +121,7 @@ def find(
             _say(f"{chosen.model} found {look.place}: {look.folder}" + _but(passed))
             return look
         passed.append(look)
-    if chosen.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if chosen.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelError(f"SDWORKER_MODEL is {chosen.model!r} and was not found{_but(passed, 5)}; bake it, or allow "
                          "its download by SDWORKER_OFFLINE=0 and HF_HUB_OFFLINE=0.")
     return None
@@ -128,9 +137,9 @@ def _say(text: str) -> None:
     "Into the log, once."
     log.info(text)
 
-# %% ../nbs/12_sources.ipynb #199aad2d
+# %% ../nbs/12_sources.ipynb #1f137665
 def resolve(
-    chosen: Settings,
+    chosen: Settings,  # model, revision, extras, and where to look
     weights: bool = True,  # False: if the model has to be fetched, only its configuration files
 ) -> Path:  # a folder in diffusers' layout
     "The folder of the model that the settings ask for, fetched if it is nowhere; or raise `ModelError`."
@@ -138,11 +147,22 @@ def resolve(
         return look.folder
     if not weights:
         return _configuration(chosen)
-    volume = Path(chosen.volume)
-    to = (volume / "models" if os.access(volume, os.W_OK) else _own_cache()) / _folder_name(chosen)
+    to = _room(chosen) / _folder_name(chosen)
     _say(f"{chosen.model} is fetched into {to}")
-    bake(chosen.model, to, chosen.revision, extras=chosen.extras)
+    bake(chosen.model, to, chosen.revision, extras=chosen.extras, on_progress=in_tenths(log.info, "fetched"))
     return to
+
+def _room(chosen: Settings) -> Path:
+    "Where a model can be put: the network volume, or else this machine's cache."
+    volume = Path(chosen.volume)
+    try:
+        if volume.is_dir():
+            (volume / "models").mkdir(exist_ok=True)
+            if os.access(volume / "models", os.W_OK):
+                return volume / "models"
+    except OSError as error:
+        _say(f"nothing can be put on the volume ({error})")
+    return _own_cache()
 
 _CARD_FILES = ["model_index.json", "*/config.json", "sdworker.json"]
 

@@ -1,6 +1,7 @@
 """The wheel works in a fresh virtual environment, outside the checkout."""
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from sdworker.embedded import judge
@@ -77,3 +80,18 @@ def test_every_import_is_a_declared_dependency(wheel):
     declared |= {"matplotlib"}  # of the extra `notebooks`: the command that draws says so where it is missing
     needed = {provides.get(name, name).replace("_", "-") for name in imported - sys.stdlib_module_names - {"sdworker"}}
     assert needed <= declared, f"not in settings.ini: {needed - declared}"
+
+
+@pytest.mark.parametrize(("lock", "sets"), [("worker", ("", "gpu_")), ("tests", ("notebooks_", "dev_"))])
+def test_locks_fit_the_requirements(lock, sets):
+    """`make lock` renews them."""
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    files = [ROOT / ".runpod" / f"{name}.lock" for name in ("worker", lock)]  # the tests' lock comes on top
+    lines = [line for file in files for line in file.read_text().splitlines()[1:]]
+    form = re.compile(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}  # \d+ bytes, unpacked \d+")
+    assert all(form.fullmatch(line) for line in lines)
+    locked = dict(line.split(" ")[0].split("==") for line in lines)
+    for part in sets:
+        for wanted in map(Requirement, settings["DEFAULT"][f"{part}requirements"].split()):
+            assert locked[canonicalize_name(wanted.name)] in wanted.specifier, f"{wanted} is not what is locked"
