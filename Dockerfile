@@ -19,7 +19,7 @@ ARG BAKE=1
 FROM ${BASE_IMAGE} AS base
 # Python's own images come without the standard library's bytecode: each start would compile what it imports.
 # Such bytecode is taken as it is, so it stays right when a layer's file times are not kept.
-RUN python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+RUN python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash \
         "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
 # The packages, exactly as locked. pip has an environment of its own and is not shipped. All of their files are
@@ -38,7 +38,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --require-hashes --no-deps --no-compile \
         -r /build/worker.lock \
     && find /opt/venv/lib -type d -name tests -prune -exec rm -r {} + \
-    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
+    && python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
 
 # Every notebook, and the tests that need no more than the package. Left out of tests/: test_install and test_site,
 # which build a wheel and the site from docs/ with tools that are not here, and test_image, which builds this image.
@@ -53,7 +53,7 @@ COPY . /src
 WORKDIR /src
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps --no-build-isolation \
         --no-compile --target /opt/sdworker . \
-    && python -m compileall -q --invalidation-mode unchecked-hash /opt/sdworker
+    && python -m compileall -q -f --invalidation-mode unchecked-hash /opt/sdworker
 RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs \
         tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
     && touch /tests-passed

@@ -202,7 +202,7 @@ class _Manifest(BaseModel):
             raise ValueError("should name each file once, and none outside the folder")
         return files
 
-# %% ../nbs/11_bake.ipynb #f4553e42
+# %% ../nbs/11_bake.ipynb #69148312
 def read_manifest(
     folder: Path,  # that has been baked
 ) -> dict:  # repository, revision, asked, license, pipeline, variant, extras, bytes, files
@@ -212,8 +212,8 @@ def read_manifest(
     try:
         return _Manifest(**read_json(folder / MANIFEST)).model_dump()
     except ValidationError as error:
-        raise ModelError(f"{folder / MANIFEST} is damaged: {complaint(error)} Bake the model again.",
-                         lasting=True) from None
+        raise ModelError(f"{folder / MANIFEST} is damaged: {complaint(error)} Remove the folder and bake the model "
+                         "again.", lasting=True) from None
 
 # %% ../nbs/11_bake.ipynb #5d2f794d
 OnBytes = Callable[[int], None]  # called with bytes that have arrived; negative: they were of no use

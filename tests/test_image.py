@@ -242,7 +242,7 @@ def test_the_image_says_how_it_is_run(container, image):
 @pytest.mark.image
 def test_all_is_compiled(container):
     """Taken as it is, since layers need not keep the files' times. One test of torch's is for Python 3.12."""
-    for tree in ("opt/venv/lib", "opt/sdworker"):
+    for tree in ("usr/lib/python3.11", "opt/venv/lib", "opt/sdworker"):
         for path in (container[1] / tree).rglob("*.py"):
             if not path.name.startswith("py312_"):
                 compiled = Path(importlib.util.cache_from_source(path)).read_bytes()[:8]
