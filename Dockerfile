@@ -40,8 +40,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && find /opt/venv/lib -type d -name tests -prune -exec rm -r {} + \
     && python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
 
-# Every notebook, and the tests that need no more than the package. Left out of tests/: test_install and test_site,
-# which build a wheel and the site from docs/ with tools that are not here, and test_image, which builds this image.
+# Every notebook, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
+# test_gate, which draws for minutes on a CPU, test_hub_json, which looks at another file, and test_image itself.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=

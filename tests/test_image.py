@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from packaging.utils import parse_wheel_filename
@@ -80,10 +81,12 @@ def base():
     buildah("rm", "--all")
     if len(buildah("images", "--all", "--quiet").stdout.split()) > 1000:  # layers that no build will use again
         buildah("rmi", "--all", "--force")
-    if buildah("inspect", "--type", "image", BASE, check=False).returncode:
-        make_base()
-    yield
-    buildah("rm", "--all")  # buildah leaves the containers of a failed build, and mounts
+    try:
+        if buildah("inspect", "--type", "image", BASE, check=False).returncode:
+            make_base()
+        yield
+    finally:
+        buildah("rm", "--all")  # buildah leaves the containers of a failed build, and mounts
 
 
 def make_base() -> None:
@@ -91,9 +94,10 @@ def make_base() -> None:
                              check=True, capture_output=True, text=True).stdout.split()
     container = buildah("from", "scratch").stdout.strip()
     folder = Path(buildah("mount", container).stdout.strip())
-    with (KEPT / "base.log").open("w") as log:
+    with (KEPT / "base.log").open("w") as log, TemporaryDirectory() as there:  # debootstrap cannot do with spaces
         subprocess.run(["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates",
-                        "bookworm", folder, *mirrors[:1]], check=True, stdout=log)
+                        "bookworm", there, *mirrors[:1]], check=True, stdout=log, stderr=log)
+        subprocess.run(["cp", "-a", f"{there}/.", folder], check=True)
     for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
         shutil.rmtree(folder / waste)
     (folder / "usr/lib/python3.11/sitecustomize.py").unlink()  # only Debian's Python has one
