@@ -115,7 +115,7 @@ def _pack(sizes: dict[str, int], count: int, limit: int) -> list[list[str]]:
         filled[k] += sizes[file]
     return layers
 
-# %% ../nbs/13_image.ipynb #a8e9a170
+# %% ../nbs/13_image.ipynb #b9afa91a
 def main(
     arguments: list[str] | None = None,  # default: the command line's
 ) -> None:
@@ -127,7 +127,7 @@ def main(
     parser.add_argument("limit", type=int, nargs="?", default=LAYER, help="bytes in a layer")
     given = parser.parse_args(arguments)
     for number, size in enumerate(split_layers(given.folder, given.to, given.count, given.limit)):
-        print(f"layer {number}: {size / 1e9:.2f} GB")
+        print(f"layer {number}: {size / 1e6:,.1f} MB")
 
 if __name__ == "__main__" and "__file__" in globals():
     main()
