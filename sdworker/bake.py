@@ -381,7 +381,7 @@ def _strangers(folder: Path, manifest: dict) -> list[str]:
     return [f"{path} is not in the manifest" for path in sorted(folder.rglob("*"))
             if not path.is_dir() and path not in known]
 
-# %% ../nbs/11_bake.ipynb #6581889a
+# %% ../nbs/11_bake.ipynb #335807fa
 def _plan(listing: _Listing, staging: Path, variant: str, extras: str) -> list[_File]:
     "Which files make up the baked model; brings the two that have to be read for that."
     def read(name: str) -> dict:
@@ -392,7 +392,8 @@ def _plan(listing: _Listing, staging: Path, variant: str, extras: str) -> list[_
     index, kinds = read("model_index.json"), dict(components(staging))
     files = {name: listing.files[name] for name in needed(listing.files, kinds, variant)}
     wanted = parse_extras(extras)
-    if "vae" in kinds and all(extra.name != "vae" for extra in wanted):
+    from_hub = isinstance(listing.files["model_index.json"].origin, str)  # a folder has the VAE that it was given
+    if from_hub and "vae" in kinds and all(extra.name != "vae" for extra in wanted):
         wanted += parse_extras(FP16_VAE) if _wants_fp16_vae(index, read("vae/config.json"), variant) else []
     for extra in wanted:
         added = _extra_files(extra, kinds, variant)
