@@ -27,14 +27,15 @@ RUN python3 -m compileall -q -f -j 0 --invalidation-mode unchecked-hash \
 FROM base AS deps
 ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/sdworker \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    PIP_CACHE_DIR=/build/pip
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 ARG REQUIREMENTS=.runpod/worker.lock
 # Both for a folder of wheels that is mounted into the build, instead of an index.
 ARG PIP_FIND_LINKS=
 ARG PIP_NO_INDEX=
 COPY ${REQUIREMENTS} /build/worker.lock
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/build/pip \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --require-hashes --no-deps --no-compile \
         -r /build/worker.lock \
     && find /opt/venv/lib -type d -name tests -prune -exec rm -r {} + \
@@ -47,7 +48,7 @@ ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=
 ARG PIP_NO_INDEX=
 COPY ${TEST_REQUIREMENTS} /build/tests.lock
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/build/pip \
     /opt/pip/bin/pip --python /opt/venv/bin/python install --require-hashes --no-deps -r /build/tests.lock
 COPY . /src
 WORKDIR /src

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['LAYER', 'SDXL_FILES', 'shard', 'split_layers', 'main', 'lock_sizes']
 
-# %% ../nbs/13_image.ipynb #ea8dbff1
+# %% ../nbs/13_image.ipynb #b08f9256
 import argparse
-import hashlib
 import json
 import math
 import re
 from pathlib import Path
 
-from .bake import MANIFEST, read_manifest, set_writable
+from .bake import MANIFEST, read_manifest, set_writable, sha256_of, write_manifest
 from .card import ModelError
 from .files import header_of
 
@@ -68,7 +67,7 @@ def shard(
     path.unlink()
     return [*files, index]
 
-# %% ../nbs/13_image.ipynb #2131450a
+# %% ../nbs/13_image.ipynb #13cb18c4
 LAYER = 3_000_000_000  # bytes
 
 def split_layers(
@@ -86,7 +85,7 @@ def split_layers(
         manifest["files"].remove(entry)
         manifest["files"] += [_entry(path, folder, entry) for path in shard(folder / entry["file"], limit)]
     manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"])
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_manifest(folder, manifest)
     layers = _pack({entry["file"]: entry["bytes"] for entry in manifest["files"]} | {MANIFEST: 0}, count, limit)
     for number, files in enumerate(layers):
         layer = to / str(number)
@@ -97,12 +96,11 @@ def split_layers(
         set_writable(layer, False)
     return [sum(path.stat().st_size for path in (to / str(k)).rglob("*.*")) for k in range(count)]
 
-# %% ../nbs/13_image.ipynb #0c4ab424
+# %% ../nbs/13_image.ipynb #5c379c7e
 def _entry(path: Path, folder: Path, origin: dict) -> dict:
     "A shard's entry in the manifest."
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return origin | {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256,
+    return origin | {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size,
+                     "sha256": sha256_of(path),
                      "cut_from": {name: origin[name] for name in ("file", "bytes", "sha256")}}
 
 def _pack(sizes: dict[str, int], count: int, limit: int) -> list[list[str]]:
