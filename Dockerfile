@@ -5,6 +5,7 @@
 #   docker build -t sdworker --build-arg BAKE=0 .           without a model
 #   docker build -t sdworker --secret id=hf_token,src=$HOME/.cache/huggingface/token \
 #       --build-arg MODEL_ID=... --build-arg MODEL_REVISION=... .                         a gated model
+#   docker build -t sdworker --build-arg CAPSULE=cpu .      with the model compiled; cuda: on a machine with the GPU
 #
 # `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
 
@@ -15,6 +16,8 @@ ARG MODEL_REVISION=462165984030d82259a11f4367a4eed129e94a7b
 ARG EXTRAS=
 # 0: no model in the image; the worker takes RunPod's cached model, or one on a volume, or fetches it
 ARG BAKE=1
+# What the model is compiled for: cpu, or cuda where the build sees the GPU; empty: not at all
+ARG CAPSULE=
 
 FROM ${BASE_IMAGE} AS base
 # Python's own images come without the standard library's bytecode: each start would compile what it imports.
@@ -59,8 +62,14 @@ RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs \
         tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
     && touch /tests-passed
 
-# The model, fetched or half fetched in a cache that outlives the build, then copied, checked and parted into layers.
+# The model, fetched or half fetched in a cache that outlives the build, then copied, checked, compiled if that is
+# wanted, and parted into layers. The only stage with a compiler.
 FROM deps AS bake
+ARG CAPSULE
+# hadolint ignore=DL3008
+RUN if [ -n "$CAPSULE" ]; then \
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && rm -r /var/lib/apt/lists/*; \
+    fi
 ARG MODEL_ID
 ARG MODEL_REVISION
 ARG EXTRAS
@@ -74,11 +83,12 @@ ENV HF_HOME=/build/cache/huggingface \
     TRITON_CACHE_DIR=/opt/compiled/triton \
     XDG_CACHE_HOME=/build/cache \
     TMPDIR=/build/tmp \
+    SDWORKER_CAPSULES=/opt/compiled/capsules \
     SDWORKER_BAKED=/baked/model
 COPY --from=test /tests-passed /tests-passed
 COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
-    mkdir -p "$TMPDIR" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
+    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
     && case "$BAKE" in \
     0) ;; \
     1)  expr "$MODEL_REVISION" : '[0-9a-f]\{40\}$' > /dev/null \
@@ -87,6 +97,10 @@ RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
         && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" \
             --extras "$EXTRAS" --to "$cached" \
         && sdworker bake "$cached" --to "$SDWORKER_BAKED" \
+        && case "$CAPSULE" in \
+            "") ;; \
+            *) SDWORKER_MODEL=$MODEL_ID SDWORKER_OFFLINE=1 sdworker bake --capsule --device "$CAPSULE" ;; \
+        esac \
         && python -m sdworker.image "$SDWORKER_BAKED" /layers 8 "$LAYER_BYTES" ;; \
     *)  echo "BAKE is $BAKE; it should be 1 or 0." >&2 && exit 1 ;; \
     esac
@@ -103,6 +117,7 @@ COPY --from=bake /layers/4/ /model/
 COPY --from=bake /layers/5/ /model/
 COPY --from=bake /layers/6/ /model/
 COPY --from=bake /layers/7/ /model/
+COPY --from=bake /opt/compiled/capsules /opt/compiled/capsules
 COPY --from=test /opt/sdworker /opt/sdworker
 ARG MODEL_ID
 ARG EXTRAS
@@ -114,6 +129,7 @@ ENV HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/opt/compiled/triton \
     XDG_CACHE_HOME=/cache \
     TMPDIR=/tmp \
+    SDWORKER_CAPSULES=/opt/compiled/capsules \
     SDWORKER_BAKED=/model \
     SDWORKER_VOLUME=/runpod-volume
 ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \

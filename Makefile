@@ -5,7 +5,7 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint lock in-step image-test embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test lint lock capsule in-step image-test embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,8 +22,13 @@ venv: .venv/ready  ## set up .venv and nothing else
 demo: venv  ## start the worker, send it six requests, leave pictures in out/demo
 	$(PY) -m sdworker.demo out/demo
 
-test: venv lint  ## every notebook and every test
+test: venv lint capsule  ## every notebook and every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+capsule: venv  ## compile the embedded model for the tests (two minutes, once; needs g++)
+	@why=$$($(PY) -c "from sdworker.encapsulate import why_not; print(why_not())") && if [ -z "$$why" ]; then \
+		SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_CAPSULES=out/capsules $(PY) -m sdworker.cli bake --capsule; \
+	else echo "what needs a capsule is skipped: $$why"; fi
 
 lint: venv  ## ruff over notebooks, tests and scripts
 	$(PY) -m ruff check .
@@ -54,7 +59,7 @@ image-test: venv  ## build the image with buildah and draw in it, as root (a qua
 
 system-deps:  ## Debian packages, as root
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends git python3 python3-venv buildah debootstrap iproute2
+	apt-get install -y -qq --no-install-recommends git g++ python3 python3-venv buildah debootstrap iproute2
 
 clean:  ## remove everything that is made
 	rm -rf .venv _docs _proc out build dist *.egg-info

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'generate', 'coldstart', 'bake', 'verify', 'serve', 'start', 'main']
 
-# %% ../nbs/99_cli.ipynb #e0792e70
+# %% ../nbs/99_cli.ipynb #8dae6648
 import sdworker.ledger  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
 import json
 import os
@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .card import ModelError
+from .card import ModelError, Unsuited
 from .request import RequestError, advice, parse_request
 from .settings import SettingsError, settings
 
@@ -27,17 +27,17 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   rich_markup_mode="markdown", help=(
                       "A Stable Diffusion worker for serverless GPUs. Settings come from `SDWORKER_*` variables."))
 
-# %% ../nbs/99_cli.ipynb #ed831ef1
+# %% ../nbs/99_cli.ipynb #1a16a7d9
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     "Turn the errors that are the user's into one line."
     try:
         yield
-    except (SettingsError, ModelError, RequestError, OSError) as error:
+    except (SettingsError, ModelError, RequestError, Unsuited, OSError) as error:
         typer.echo(f"sdworker: {error}", err=True)
         raise typer.Exit(1) from None
 
-# %% ../nbs/99_cli.ipynb #e8285233
+# %% ../nbs/99_cli.ipynb #02f73873
 @contextmanager
 def _bar(shown: bool, doing: str, of_bytes: bool = False):
     "A progress bar on stderr; yields what to call with steps done and steps in all, or bytes."
@@ -48,7 +48,7 @@ def _bar(shown: bool, doing: str, of_bytes: bool = False):
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amounts, rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
         task = progress.add_task("loading", total=None)
-        yield lambda done, total: progress.update(task, description=doing, completed=done, total=total)
+        yield lambda done, total, now=doing: progress.update(task, description=now, completed=done, total=total)
 
 # %% ../nbs/99_cli.ipynb #38304213
 def _write(drawn, out: Path) -> list[dict]:  # path, prompt, seed and seconds of each picture
@@ -59,12 +59,13 @@ def _write(drawn, out: Path) -> list[dict]:  # path, prompt, seed and seconds of
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
 
-# %% ../nbs/99_cli.ipynb #26ed575a
+# %% ../nbs/99_cli.ipynb #61d7a0ee
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
     n: Annotated[int, typer.Option("--num", "-n", help="Images of each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Image k gets seed + k; default: random.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="euler, euler_a, ddim, dpmpp_2m; default: the model's.")] = None,
     negative: Annotated[str, typer.Option(help="What to keep out.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
@@ -84,7 +85,8 @@ def generate(
         SDWORKER_MODEL=stabilityai/stable-diffusion-xl-base-1.0 sdworker generate "a lighthouse"
     """
     asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height,
-             "num_images": n, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
+             "num_images": n, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed,
+             "scheduler": scheduler}
     with _plain_errors():
         report = _generate(asked, out, shown=not as_json and sys.stderr.isatty())
     if as_json:
@@ -95,7 +97,7 @@ def generate(
     for warning in report["warnings"]:
         typer.echo(f"sdworker: {warning}", err=True)
 
-# %% ../nbs/99_cli.ipynb #208e2b21
+# %% ../nbs/99_cli.ipynb #f18c51f0
 def _generate(asked: dict, out: Path, shown: bool) -> dict:
     "Check, load, draw, write."
     from sdworker.load import initialize_model, model_card
@@ -109,14 +111,16 @@ def _generate(asked: dict, out: Path, shown: bool) -> dict:
 
         drawn = draw(engine, **request.arguments(), max_batch=chosen.max_batch, on_step=on_step)
     return {"images": _write(drawn, out), "timings": drawn.timings.rounded(),
-            "warnings": advice(request, card), "model": {"name": card.name, "pipeline": card.pipeline}}
+            "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
-# %% ../nbs/99_cli.ipynb #0db3e717
+# %% ../nbs/99_cli.ipynb #049f40eb
 @app.command()
 def coldstart(
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, max=1000, help="Starts of each worker.")] = 3,
     against: Annotated[Literal["naive"] | None, typer.Option(
         help="Compare, in turn, with the usual worker: all imports at the top, then the model, then the SDK.")] = None,
+    engine: Annotated[Literal["auto", "capsule", "pipeline"] | None, typer.Option(
+        help="What our worker draws with; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the waterfall into this .png or .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -127,7 +131,7 @@ def coldstart(
 
         sdworker coldstart
 
-        sdworker coldstart --against naive --repeat 7 --json
+        sdworker coldstart --against naive --engine capsule --repeat 7 --json
 
         SDWORKER_LOAD=lazy sdworker coldstart --plot lazy.svg
     """
@@ -137,7 +141,7 @@ def coldstart(
         raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.",
                                  param_hint="--plot")
     with _plain_errors():
-        report = _coldstart(repeat, against, warm, plot, shown=not as_json and sys.stderr.isatty())
+        report = _coldstart(repeat, against, engine, warm, plot, shown=not as_json and sys.stderr.isatty())
     if as_json:
         typer.echo(json.dumps(report))
     else:
@@ -147,15 +151,16 @@ def coldstart(
 
         Console().print(waterfall(report))
 
-# %% ../nbs/99_cli.ipynb #0da806de
-def _coldstart(repeat: int, against: str | None, warm: bool, plot: Path | None, shown: bool) -> dict:
+# %% ../nbs/99_cli.ipynb #d9d664c1
+def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool, plot: Path | None,
+               shown: bool) -> dict:
     "Measure, with a progress bar, and draw."
     from sdworker import coldstart as lab
 
-    starts = (repeat + warm) * (2 if against else 1)
+    starts = (repeat + warm) * (2 if against else 1) + repeat
     done = count(1)  # one turn more where the cache cannot be emptied
     with _bar(shown, "starting workers") as on_step:
-        report = lab.coldstart(repeat, against, not warm, lambda: on_step(next(done), starts))
+        report = lab.coldstart(repeat, against, not warm, engine, lambda: on_step(next(done), starts))
     if plot:
         lab.plot(report, plot)
     return report
@@ -172,18 +177,22 @@ def _of_bytes(shown: bool, doing: str):
     else:
         yield in_tenths(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
 
-# %% ../nbs/99_cli.ipynb #34a85336
+# %% ../nbs/99_cli.ipynb #8c4a7be8
 @app.command()
 def bake(
-    model: Annotated[str, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")],
-    to: Annotated[Path, typer.Option(help="Folder to make; it will be read-only.")],
+    model: Annotated[str | None, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to make; it will be read-only.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch; default: the hub's main.")] = None,
     variant: Annotated[str, typer.Option(help="Of the weights; empty: those without one.")] = "fp16",
-    extras: Annotated[str | None, typer.Option(
-        help="Components and LoRAs from elsewhere; default: SDWORKER_EXTRAS.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and nothing else.")] = False,
+    extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
+    capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
+
+    With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
+    diffusers: some minutes, and it takes a C++ compiler.
 
     May be interrupted and called again. A token for a gated model comes from HF_TOKEN, or from the file that
     HF_TOKEN_PATH names.
@@ -193,24 +202,70 @@ def bake(
         sdworker bake stabilityai/stable-diffusion-xl-base-1.0 --to model \\
             --revision 462165984030d82259a11f4367a4eed129e94a7b
 
-        sdworker bake embedded --to model --json
-
         sdworker bake owner/name --to model --extras lora=owner/style@COMMIT:style.safetensors
+
+        sdworker bake --capsule
+
+        SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
     """
+    if (model is None) != (to is None) or not (model or capsule):
+        raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
+                                 "compiles the model of the settings.", param_hint="MODEL")
+    report = _baked(model, to, revision, variant, extras, told=not as_json) if model else {}
+    if capsule:
+        report["capsule"] = _capsule(to, report.get("repository"), device, told=not as_json)
+    if as_json:
+        typer.echo(json.dumps(report))
+
+# %% ../nbs/99_cli.ipynb #53f4f4aa
+def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str | None, told: bool) -> dict:
+    "Bake a model, and say what came of it; the manifest."
     from sdworker.bake import bake
 
     try:
-        with _plain_errors(), _of_bytes(not as_json, "fetched") as on_progress:
+        with _plain_errors(), _of_bytes(told, "fetched") as on_progress:
             wanted = settings().extras if extras is None else extras
             manifest = bake(model, to, revision, variant, wanted, on_progress)
     except KeyboardInterrupt:
         typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
         os._exit(130)  # at once: a download that hangs would be waited for
-    if as_json:
-        typer.echo(json.dumps(manifest))
-        return
-    typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: {manifest['license'] or 'not stated'}): "
-               f"{len(manifest['files'])} files, {manifest['bytes'] / 1e9:.2f} GB in {to}")
+    if told:
+        typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: "
+                   f"{manifest['license'] or 'not stated'}): {len(manifest['files'])} files, "
+                   f"{manifest['bytes'] / 1e9:.2f} GB in {to}")
+    return manifest
+
+# %% ../nbs/99_cli.ipynb #efabed51
+def _capsule(model: Path | None, name: str | None, device: str | None, told: bool) -> dict:
+    "Compile a model; its capsule's folder, worst picture and size."
+    from sdworker.cache import capsule_places, usable_caches
+    from sdworker.card import read_card, read_json
+
+    with _plain_errors(), _of_steps(told) as tell:
+        for moved in usable_caches():
+            typer.echo(f"sdworker: {moved}", err=True)
+        from sdworker.encapsulate import make_capsule
+        from sdworker.load import place
+        from sdworker.sources import resolve
+
+        chosen = settings()
+        chosen = chosen.model_copy(update={"device": device or chosen.device})
+        card = read_card(model or resolve(chosen), name or chosen.model)
+        folder = make_capsule(card, capsule_places(chosen)[0], *place(chosen), tell)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        found = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
+    if told:
+        typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, {found['psnr']:.0f} dB from the pipeline at worst")
+    return found
+
+@contextmanager
+def _of_steps(shown: bool):
+    "A progress bar, or lines where there is no terminal; yields what to call with what is done, of how much, and what."
+    if sys.stderr.isatty():
+        with _bar(shown, "loading") as tell:
+            yield tell
+    else:
+        yield lambda done, total, doing: shown and typer.echo(f"{done} of {total}: {doing}", err=True)
 
 # %% ../nbs/99_cli.ipynb #218fcf02
 @app.command()

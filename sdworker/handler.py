@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'respond', 'handler', 'start', 'serve']
 
-# %% ../nbs/45_handler.ipynb #bb7e7b44
+# %% ../nbs/45_handler.ipynb #39d98f42
 import logging
 import os
 import sys
@@ -13,24 +13,24 @@ import time
 from typing import Any
 
 from .cache import usable_caches
-from .card import ModelError
+from .card import ModelError, Unsuited
 from .files import numbers, weight_files
 from .fitness import own_checks
 from .images import data_uri
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
-from .load import begin_loading, initialize_model, model_card
+from .load import begin_loading, initialize_model, make_capsule_behind, model_card
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
 from .weights import prefetch
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/45_handler.ipynb #92c9d147
+# %% ../nbs/45_handler.ipynb #900aefb5
 def respond(
     given: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
-    "Check a request, draw it, and put the answer together. Raises `RequestError` or `ModelError`."
+    "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
     card, chosen = model_card(), settings()
     request = parse_request(given, card, chosen)
     engine = initialize_model()
@@ -43,11 +43,13 @@ def respond(
         images = [data_uri(picture.image) for picture in drawn.pictures]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
-    timings |= {"cold_start": cold} if cold else {}
+    if cold:
+        timings["cold_start"] = cold
+        make_capsule_behind(engine)
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
-            "warnings": advice(request, card), "model": {"name": card.name, "pipeline": card.pipeline}}
+            "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
-# %% ../nbs/45_handler.ipynb #f0411782
+# %% ../nbs/45_handler.ipynb #d03c7bd8
 def handler(
     job: dict[str, Any],  # as the SDK gives it: "id" and "input"
 ) -> dict[str, Any]:  # the response, or {"error": text}
@@ -55,7 +57,7 @@ def handler(
     start, name, given = time.perf_counter(), job.get("id", "local"), job.get("input")
     try:
         answer = respond(given)
-    except RequestError as error:
+    except (RequestError, Unsuited) as error:
         log.info("job %s refused: %s", name, error)
         return {"error": str(error)}
     except ModelError as error:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Request', 'RequestError', 'parse_request', 'advice']
 
-# %% ../nbs/40_request.ipynb #dc93cb45
+# %% ../nbs/40_request.ipynb #284e2c26
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -35,7 +35,7 @@ def _seeds(value: Any) -> Any:
             raise ValueError("should be a whole number from 0 to 4294967295, or a list of them")
     return value
 
-# %% ../nbs/40_request.ipynb #94ceddae
+# %% ../nbs/40_request.ipynb #d72ffa58
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -46,6 +46,7 @@ class Request(BaseModel):
     height: int | None = None  # pixels
     num_inference_steps: int | None = None  # denoising steps
     guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False)  # how closely to follow the prompt
+    scheduler: Literal["euler", "euler_a", "ddim", "dpmpp_2m"] | None = None  # the sampler; None: the model's own
     seed: Annotated[int | list[int] | None, BeforeValidator(_seeds)] = None  # image k gets seed + k; or a list
     num_images: int = Field(1, ge=1)  # images of each prompt
 
@@ -53,7 +54,8 @@ class Request(BaseModel):
         "The request in the words of `engine.generate`."
         return {"prompt": self.prompt, "negative_prompt": self.negative_prompt or "",
                 "width": self.width, "height": self.height, "steps": self.num_inference_steps,
-                "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images}
+                "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images,
+                "sampler": self.scheduler or ""}
 
 # %% ../nbs/40_request.ipynb #7fc9916b
 class RequestError(ValueError):

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Settings', 'complaint', 'SettingsError', 'read_settings', 'settings', 'settings_table']
 
-# %% ../nbs/01_settings.ipynb #3d94e4de
+# %% ../nbs/01_settings.ipynb #f978be9c
 import difflib
 import os
 from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Literal
 
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or it reads what every installed package registers
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-# %% ../nbs/01_settings.ipynb #ce61b0d6
+# %% ../nbs/01_settings.ipynb #a94f0216
 PREFIX = "SDWORKER_"
 
 class Settings(BaseSettings):
@@ -33,6 +34,10 @@ class Settings(BaseSettings):
     volume: str = Field("/runpod-volume", min_length=1, description=(
         "Where RunPod mounts its cached models and network volumes"))
     offline: bool = Field(False, description="Never ask the hub: what is not here cannot be had")
+    engine: Literal["auto", "capsule", "pipeline"] = Field("auto", description=(
+        "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
+    capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
+    make_capsule: bool = Field(False, description="Where no capsule fits, make one after the first answer; needs g++")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to run; `auto` is `cuda` where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

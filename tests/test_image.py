@@ -172,7 +172,7 @@ def image(hub, locks, tmp_path_factory) -> dict:
     token, log = tmp_path_factory.mktemp("secret") / "token", KEPT / "build.log"
     token.write_text(hub.token)
     code = build(sources(tmp_path_factory.mktemp("context"), locks), log, token,
-                 MODEL_REVISION=hub.commit(MODEL), LAYER_BYTES=str(LAYER_BYTES),
+                 MODEL_REVISION=hub.commit(MODEL), LAYER_BYTES=str(LAYER_BYTES), CAPSULE="cpu",
                  HF_ENDPOINT=hub.url)
     assert code == 0, log.read_text()[-5000:]
     return json.loads(buildah("inspect", "--type", "image", IMAGE).stdout)["Docker"]["config"]
@@ -206,6 +206,22 @@ def test_a_job_is_answered_without_a_network(container):
     assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
     assert f"{MODEL} found baked into the image: /model" in log
     assert "Job local_test completed successfully" in inside(container, *JOB).stdout
+
+
+@pytest.mark.image
+def test_it_draws_with_the_code_that_was_compiled_in_the_build(container):
+    """On the model as it is in the image, in shards; and with one byte changed it does without."""
+    _, answer, _ = json.loads(inside(container, "python", "-c", WORK, PROMPT).stdout)
+    rows = answer["output"]["timings"]["cold_start"]
+    assert "check capsule" in rows and "diffusers" not in rows and answer["output"]["warnings"] == []
+    code, = (container[1] / "opt/compiled/capsules").glob("*/denoiser.pt2")
+    content = bytearray(code.read_bytes())
+    content[len(content) // 2] ^= 1
+    code.write_bytes(content)
+    _, answer, _ = json.loads(inside(container, "python", "-c", WORK, PROMPT).stdout)
+    assert "diffusers" in answer["output"]["timings"]["cold_start"]
+    assert "denoiser.pt2 in it is damaged" in answer["output"]["warnings"][0]
+    assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
 
 
 @pytest.mark.image

@@ -1,0 +1,249 @@
+"""Workers on compiled code: real ones at a queue, damaged capsules, requests out of range, and memory."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdworker.capsule import CapsuleEngine, beyond, digest_of
+from sdworker.card import EMBEDDED, Unsuited, read_card
+from sdworker.compiled import same_pictures
+from sdworker.embedded import judge
+from sdworker.encapsulate import make_capsule, why_not
+from sdworker.engine import PipelineEngine, Shape, generate
+from sdworker.images import from_data_uri
+from sdworker.loopback import Shift, work
+
+ROOT = Path(__file__).parent.parent
+OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+PROMPT = "a large red star on a blue background"
+CARD = read_card(EMBEDDED, "embedded")
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+
+@pytest.fixture(scope="module")
+def capsule() -> Path:
+    """The embedded model's capsule, made once (`make capsule`) and kept in out/."""
+    return make_capsule(CARD, ROOT / "out" / "capsules")
+
+
+@pytest.fixture
+def copy(capsule, tmp_path) -> Path:
+    return Path(shutil.copytree(capsule, tmp_path / "the capsules" / "one"))
+
+
+def job(name: str, **fields) -> dict:
+    return {"id": name, "input": {"prompt": PROMPT, "seed": 7} | fields}
+
+
+def started(capsules: Path, jobs: list[dict], **settings: str) -> Shift:
+    return work(OURS, jobs, {"SDWORKER_CAPSULES": str(capsules), **settings})
+
+
+def drawn(shift: Shift, name: str) -> dict:
+    """An answer, whose picture must be what was asked for."""
+    assert "output" in shift.answers.get(name, {}), shift.log
+    answer = shift.answers[name]["output"]
+    assert all(judge(from_data_uri(answer["images"][0]), PROMPT).values())
+    return answer
+
+
+def test_a_worker_draws_with_the_capsule_and_hands_over_what_that_cannot_do(capsule):
+    small = {"width": 24, "height": 24, "num_inference_steps": 2}
+    shift = started(capsule.parent, [job("first"), job("small", **small), job("smaller", **small), job("last")])
+    first, last = drawn(shift, "first"), drawn(shift, "last")
+    rows = first["timings"]["cold_start"]
+    assert "check capsule" in rows and not {"transformers", "diffusers"} & set(rows)
+    assert first["warnings"] == last["warnings"] == [] and first["images"] == last["images"]
+    for name in ("small", "smaller"):
+        answer = shift.answers[name]["output"]
+        assert from_data_uri(answer["images"][0]).size == (24, 24)
+        assert ("Drawn by the pipeline, not the capsule: width is 24, and the capsule draws 32 to 2048, in steps of 8."
+                in answer["warnings"])
+    assert shift.log.count("the pipeline draws such requests") == 1, "said once"
+    pipeline = generate(PipelineEngine(CARD), PROMPT, width=24, height=24, steps=2, seed=7).pictures[0].image
+    ours = from_data_uri(shift.answers["small"]["output"]["images"][0])
+    assert np.abs(np.asarray(ours, int) - np.asarray(pipeline, int)).max() <= 2, "the pipeline's picture"
+
+
+def edited(folder: Path, **key: str) -> None:
+    about = json.loads((folder / "capsule.json").read_text())
+    about["key"] |= key
+    about["digest"] = digest_of(about)
+    (folder / "capsule.json").write_text(json.dumps(about))
+
+
+def one_byte(folder: Path) -> None:
+    code = bytearray((folder / "denoiser.pt2").read_bytes())
+    code[-1000] ^= 1
+    (folder / "denoiser.pt2").write_bytes(code)
+
+
+def no_code(folder: Path) -> None:
+    """A file that is what its hash says, and not what torch can open."""
+    (folder / "vae.pt2").write_bytes(b"nothing")
+    about = json.loads((folder / "capsule.json").read_text())
+    about["files"]["vae.pt2"] = hashlib.sha256(b"nothing").hexdigest()
+    about["digest"] = digest_of(about)
+    (folder / "capsule.json").write_text(json.dumps(about))
+
+
+def half_written(folder: Path) -> None:
+    text = (folder / "capsule.json").read_text()
+    (folder / "capsule.json").write_text(text[:len(text) // 2])
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda folder: edited(folder, torch="2.12.0"), f"torch (2.12.0, and here it is {torch.__version__})"),
+    (lambda folder: edited(folder, architecture="x86-64-v4"), "another instruction set (x86-64-v4, and here it is"),
+    (one_byte, "denoiser.pt2 in it is damaged"),
+    (half_written, "its capsule.json is damaged"),
+    (lambda folder: (folder / "text.pt2").unlink(), "text.pt2 in it cannot be read"),
+    (no_code, "cannot be opened"),
+], ids=["torch", "instructions", "one byte", "half a manifest", "a file missing", "no code"])
+def test_a_capsule_that_does_not_fit_is_refused_and_the_pipeline_draws(copy, damage, reason):
+    damage(copy)
+    shift = started(copy.parent, [job("first"), job("second")])
+    for name in ("first", "second"):
+        warning, = drawn(shift, name)["warnings"]
+        assert warning.startswith("Drawn by the pipeline: ") and reason in warning, warning
+    assert shift.log.count("drawing with the pipeline: ") == 1 and "Traceback" not in shift.log
+
+
+def test_what_is_being_made_is_not_looked_at(copy):
+    copy.rename(copy.parent.parent / "one")
+    (copy.parent / ".making-one").mkdir()
+    shutil.move(copy.parent.parent / "one", copy.parent / ".making-one" / "capsule")
+    shift = started(copy.parent, [job("first")])
+    answer = drawn(shift, "first")
+    assert answer["warnings"] == [] and "diffusers" in answer["timings"]["cold_start"]
+
+
+def test_a_worker_that_must_have_a_capsule_ends_without_one(tmp_path):
+    shift = work(OURS, [job("first")], {"SDWORKER_CAPSULES": str(tmp_path), "SDWORKER_ENGINE": "capsule"}, stop=False)
+    said = shift.answers["first"]["error"]
+    assert said.startswith("SDWORKER_ENGINE is 'capsule', and there is none in ") and "sdworker bake --capsule" in said
+    assert shift.code == 1
+
+
+def test_a_worker_leaves_nothing_in_the_temporary_folder(capsule, tmp_path):
+    before = set(Path("/tmp").glob("aotinductor_*"))
+    drawn(started(capsule.parent, [job("first")], TMPDIR=str(tmp_path)), "first")
+    assert not {path for path in set(Path("/tmp").glob("aotinductor_*")) - before if list(path.rglob("*.so"))}
+
+
+def test_a_worker_with_nothing_but_a_capsule_refuses_what_that_cannot_do(capsule):
+    shift = started(capsule.parent, [job("wrong", width=24), job("right")], SDWORKER_ENGINE="capsule")
+    assert shift.answers["wrong"]["error"] == ("width is 24, and the capsule draws 32 to 2048, in steps of 8; "
+                                               "SDWORKER_ENGINE=auto hands such requests to the pipeline.")
+    drawn(shift, "right")
+
+
+IMPORTED = """
+import json, sys
+import sdworker.ledger
+import sdworker.handler
+respond = sdworker.handler.respond
+def and_list(given):
+    answer = respond(given)
+    modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
+    return answer | {"modules": modules}
+sdworker.handler.respond = and_list
+from sdworker.cli import app
+app(["start"])
+"""
+SDK = """aiodns aiohappyeyeballs aiohttp aiohttp_retry aiosignal attr backoff backports brotli certifi
+    charset_normalizer defusedxml frozenlist idna multidict propcache pycares requests runpod tomli tqdm tqdm_loggable
+    urllib3 yarl"""
+COMMAND_AND_SETTINGS = """annotated_doc annotated_types dotenv pydantic pydantic_core pydantic_settings sdworker
+    shellingham typer typing_extensions typing_inspection"""
+DRAWING = "PIL numpy safetensors tokenizers torch torchgen"
+
+
+def test_what_a_start_imports_before_the_first_picture_is_counted(capsule):
+    """A budget: packages by name, and all modules; 1,460 were counted when it was made, a pipeline needs 3,000."""
+    shift = work([sys.executable, "-c", IMPORTED], [job("first")],
+                 {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule"})
+    modules = drawn(shift, "first")["modules"]
+    packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
+    new = {name for name in packages if not name.startswith("_") and "mypyc" not in name}
+    assert new <= {*SDK.split(), *COMMAND_AND_SETTINGS.split(), *DRAWING.split()}, "a start has begun to import more"
+    assert len(modules) < 1600 and not {"torch._dynamo", "torch._inductor", "torch._meta_registrations"} & set(modules)
+
+
+def test_fifty_requests_out_of_range_get_a_sentence(capsule):
+    engine = CapsuleEngine(CARD, capsule)
+    sizes = [(w, h) for w, h in product((0, 8, 24, 31, 33, 64, 100, 2056, 4096), repeat=2) if (w, h) != (64, 64)][:40]
+    wrong = [(Shape(*size, 20, 3.0), 1) for size in sizes if not all(32 <= s <= 2048 and s % 8 == 0 for s in size)]
+    wrong += [(Shape(64, 64, steps, 3.0), 1) for steps in (0, -1, 101, 1000)]
+    wrong += [(Shape(64, 64, 20, 3.0), images) for images in (0, 17, 64, -1)]
+    wrong += [(Shape(64, 64, 20, 3.0, sampler), 1) for sampler in ("heun", "EULER", "unipc")]
+    assert len(wrong) >= 50
+    for shape, images in wrong:
+        assert beyond(engine, shape, images), (shape, images)
+        with pytest.raises(Unsuited, match=r"capsule"):
+            engine.pick(shape, images)
+
+
+def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(capsule):
+    """Without the check some of these come back with a wrong shape and no error."""
+    engine = CapsuleEngine(CARD, capsule)
+    text, pooled, sizes = torch.zeros(2, 77, 128), torch.zeros(2, 64), torch.zeros(2, 6)
+    good = [torch.zeros(2, 4, 16, 16), torch.zeros(2), text, pooled, sizes]
+    assert engine.run("denoiser", *good)[0].shape == (2, 4, 16, 16)
+    shapes = [(2, 4, 15, 16), (2, 3, 16, 16), (3, 4, 16, 16), (2, 4, 4, 16), (2, 4, 16, 514), (4, 16, 16)]
+    wrong = {0: [*map(torch.zeros, shapes), torch.zeros(2, 4, 16, 16).half()],
+             1: [torch.zeros(1), torch.zeros(2, 1), torch.zeros(2).int()], 2: [torch.zeros(2, 76, 128), text.double()],
+             3: [torch.zeros(2, 65)], 4: [torch.zeros(2, 5)]}
+    for place, tensors in wrong.items():
+        for tensor in tensors:
+            with pytest.raises(Unsuited, match="should be"):
+                engine.run("denoiser", *good[:place], tensor, *good[place + 1:])
+    for part, shape in (("vae", (1, 4, 7, 16)), ("vae", (1, 4, 6, 16)), ("text", (1, 77))):
+        with pytest.raises(Unsuited, match=r"should be|wanted"):
+            engine.run(part, torch.zeros(shape))
+
+
+def test_a_hundred_pairs_are_drawn_the_same(capsule):
+    """By four samplers, at three sizes and one that is not square; results/capsule.json holds 700."""
+    found = same_pictures(CapsuleEngine(CARD, capsule), PipelineEngine(CARD), 15)
+    assert found["passed"] and found["pairs"] >= 100, found
+
+
+@pytest.mark.timeout(900)
+def test_a_model_of_five_hundred_megabytes_is_held_once(tmp_path):
+    """The suite for a GPU, in small, on a processor."""
+    subprocess.run([sys.executable, "-m", "sdworker.compiled", "--tiny", "--record", tmp_path, "--scratch", tmp_path],
+                   check=True, capture_output=True)
+    report = json.loads((tmp_path / "capsule-tiny.json").read_text())
+    assert report["memory"]["weights"] >= 500e6 and report["memory"]["ratio"] < 1.15, report["memory"]
+    assert report["starts"]["capsule"]["rows"]["total"] > 0 and set(report["images"]) == {"1", "4"}
+    assert report["compile"]["first_call"] > 0 and report["bake"]["bytes"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
+    """One text encoder, no sizes, no zeros for an empty prompt, and a sampler of its own that no table holds."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    pipe = PipelineEngine(CARD).pipe
+    sdxl = ("addition", "projection")
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith(sdxl)}
+    unet = UNet2DConditionModel.from_config(config | {"cross_attention_dim": 64, "layers_per_block": 1})
+    StableDiffusionPipeline(
+        vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=unet, feature_extractor=None,
+        scheduler=PNDMScheduler(skip_prk_steps=True), safety_checker=None, requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "model")
+    card = read_card(tmp_path / "model")
+    engine = CapsuleEngine(card, make_capsule(card, tmp_path / "capsules"))  # which proves it with every sampler
+    assert engine.about["psnr"] > 40 and set(engine.parts) == {"text", "denoiser", "vae"}
+    assert beyond(engine, Shape(64, 64, 20, 7.5), 1) == "the capsule has no table of the scheduler of the model"
+    assert beyond(engine, Shape(64, 64, 20, 7.5, "ddim"), 1) == ""
