@@ -90,7 +90,7 @@ COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
     mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
     && case "$BAKE" in \
-    0) ;; \
+    0)  [ -z "$CAPSULE" ] || { echo "CAPSULE is $CAPSULE, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \
     1)  expr "$MODEL_REVISION" : '[0-9a-f]\{40\}$' > /dev/null \
             || { echo "MODEL_REVISION is '$MODEL_REVISION'; it should be a full commit." >&2; exit 1; } \
         && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$EXTRAS/model" \

@@ -30,7 +30,7 @@ from .proof import sdxl_sized
 if TYPE_CHECKING:  # a process that has torch mapped cannot drop it from the system's cache, so it is imported late
     from sdworker.engine import Engine, Shape
 
-# %% ../nbs/95_compiled.ipynb #d534e3ed
+# %% ../nbs/95_compiled.ipynb #1521a3aa
 def naive_with_ledger() -> str:  # Python
     "The usual worker, with rows for what it does."
     script = "from sdworker.ledger import LEDGER\n\nlap = LEDGER.lap\n" + NAIVE
@@ -42,11 +42,13 @@ def naive_with_ledger() -> str:  # Python
     return script.replace('    return {"images": [', '    lap("answer")\n    return {"timings": '
                           '{"cold_start": LEDGER.close()}, "images": [', 1)
 
+# %% ../nbs/95_compiled.ipynb #b5a1f222
 def starts(
     model: str,  # as in SDWORKER_MODEL
     capsules: Path,  # folder of capsules
     repeat: int,  # starts of each worker
     side: int,  # pixels of the job's picture
+    steps: int = 20,  # of the job
     more: Mapping[str, str] | None = None,  # settings of ours
     tell: Callable[[], None] = lambda: None,  # called after each start
 ) -> dict[str, Any]:  # by worker a summary and "rows"; "import_torch"
@@ -58,7 +60,7 @@ def starts(
     workers["naive"] = ([sys.executable, "-c", naive_with_ledger()], {"MODEL": str(folder)} | half)
     cold = libraries() + weight_files(folder) + list(capsules.glob("*/*"))
     given = {"prompt": "a large red star on a blue background", "seed": 7, "width": side, "height": side,
-             "num_inference_steps": 20, "guidance_scale": 3.0}
+             "num_inference_steps": steps, "guidance_scale": 3.0}
     gone, floor = evict(cold), []
     runs = in_turn(workers, given, repeat, cold if gone else [], tell, lambda: floor.append(torch_alone(cold)))
     report = {name: summary([run["seconds"] for run in found])
@@ -216,7 +218,7 @@ def wide_shapes() -> dict[str, Any]:
                 "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(EMBEDDED / "vae")),
                 "text_encoder_2": CLIPTextModelWithProjection(text[1])}
 
-# %% ../nbs/95_compiled.ipynb #eead8fef
+# %% ../nbs/95_compiled.ipynb #3252d05e
 def _suite(
     scratch: Path,  # folder with room for the model: 8 GB with SDXL's shapes
     device: str,  # "cpu" or "cuda"
@@ -233,13 +235,14 @@ def _suite(
     tell(0, 4, "baking")
     report: dict[str, Any] = {"device": device, "side": side, "steps": steps, "bake": baked(model, capsules, device)}
     tell(1, 4, "starting workers")
-    report["starts"] = starts(str(model), capsules, repeat, side, {"SDWORKER_DEVICE": device})
+    report["starts"] = starts(str(model), capsules, repeat, side, steps, {"SDWORKER_DEVICE": device})
     tell(2, 4, "memory")
     folder = Path(report["bake"]["folder"])
     report["memory"] = both_in_memory(model, folder) if device == "cpu" else "not measured"
     tell(3, 4, "images")
     return report | _against_compile(model, folder, device, side, steps, repeat, compiler)
 
+# %% ../nbs/95_compiled.ipynb #4a33854b
 def _against_compile(model: Path, folder: Path, device: str, side: int, steps: int, repeat: int, compiler: str,
                      ) -> dict[str, Any]:
     "Time images against the pipeline as it is, and compiled in the process."

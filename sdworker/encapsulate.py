@@ -99,7 +99,7 @@ def bounds_of(
     side = [limit // pipe.vae_scale_factor for limit in ranges(card)["side"]]
     return {"calls": [1, 2 * MOST_IMAGES, 1], "images": [1, MOST_IMAGES, 1], "height": side, "width": side}
 
-# %% ../nbs/25_encapsulate.ipynb #52b8c607
+# %% ../nbs/25_encapsulate.ipynb #c8efc9eb
 def compile_part(
     part: torch.nn.Module,
     inputs: list[list[Any]],  # of each: dtype and dimensions
@@ -129,6 +129,7 @@ def _dimension(name: str, least: int, most: int, multiple: int) -> Any:
     whole = torch.export.Dim(name, min=least // multiple, max=most // multiple)
     return multiple * whole if multiple > 1 else whole
 
+# %% ../nbs/25_encapsulate.ipynb #cc2b97e8
 _FEW = 2**16  # numbers: kept even if this part does not use them, so that a component is whole for the pipeline
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay in the model's files
