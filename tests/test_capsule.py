@@ -218,7 +218,8 @@ def test_a_hundred_pairs_are_drawn_the_same(capsule):
     assert found["passed"] and found["pairs"] >= 100, found
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_model_of_five_hundred_megabytes_is_held_once(tmp_path):
     """The suite for a GPU, in small, on a processor."""
     subprocess.run([sys.executable, "-m", "sdworker.compiled", "--tiny", "--record", tmp_path, "--scratch", tmp_path],
