@@ -170,15 +170,15 @@ def _raw_loader() -> Any:
 
 _RUNNERS = 2  # calls at the same time; further ones wait
 
-# %% ../nbs/24_capsule.ipynb #f8016573
+# %% ../nbs/24_capsule.ipynb #3248007e
 def _weights(card: ModelCard, folder: Path, about: dict[str, Any], device: str) -> dict[str, torch.Tensor]:
     "All constants of all parts."
     found, wanted = {}, about["weights"]
-    own = [folder / name for name in about["files"] if name == "buffers.safetensors"]
-    for path in weight_files(card.folder) + own:
+    own = folder / "buffers.safetensors"
+    for path in [*weight_files(card.folder), own]:
         with safe_open(path, "pt", device=device) as tensors:
             for key in tensors.keys():
-                for name, dtype in wanted.get(f"{path.parent.name if path not in own else ''}/{key}", ()):
+                for name, dtype in wanted.get(f"{path.parent.name if path != own else ''}/{key}", ()):
                     tensor = tensors.get_tensor(key).to(getattr(torch, dtype))
                     found[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return found
