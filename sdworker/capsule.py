@@ -7,13 +7,14 @@ __all__ = ['log', 'LAYOUT', 'MOST_IMAGES', 'MOST_SIDE', 'ABOUT', 'OWN', 'model_d
            'digest_of', 'refusal', 'find_capsule', 'open_part', 'check_inputs', 'CapsuleEngine', 'encode_texts',
            'denoise_by_table', 'beyond', 'CapsuleFirst']
 
-# %% ../nbs/24_capsule.ipynb #d86e95b5
+# %% ../nbs/24_capsule.ipynb #91cc010c
 import hashlib
 import json
 import logging
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import lcm, prod
@@ -312,11 +313,12 @@ def beyond(
         return f"the capsule has no table of the scheduler {shape.sampler or 'of the model'}"
     return ""
 
-# %% ../nbs/24_capsule.ipynb #0de4d70b
+# %% ../nbs/24_capsule.ipynb #e7e332b4
 class CapsuleFirst:
     "Draws with a capsule, and hands what that cannot do to a pipeline."
     def __init__(self, capsule: CapsuleEngine, pipeline: Callable[[], Engine]):  # loads it; called once
         self.capsule, self.card, self.device, self.dtype = capsule, capsule.card, capsule.device, capsule.dtype
+        self.encode, self.denoise, self.decode = capsule.encode, capsule.denoise, capsule.decode
         self._load, self._lock, self._pipeline = pipeline, Lock(), None
 
     def pipeline(self) -> Engine:
@@ -332,7 +334,10 @@ class CapsuleFirst:
         if not (reason := beyond(self.capsule, shape, images)):
             return self.capsule, ""
         _say(f"{reason}; the pipeline draws such requests")
-        return self.pipeline(), f"Drawn by the pipeline, not the capsule: {reason}."
+        begin, there = time.perf_counter(), self._pipeline
+        pipeline = self.pipeline()
+        waited = "" if there else f" Loading it took {time.perf_counter() - begin:.1f} s."
+        return pipeline, f"Drawn by the pipeline, not the capsule: {reason}.{waited}"
 
 @lru_cache
 def _say(text: str) -> None:

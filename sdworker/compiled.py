@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'RESIDENT', 'naive_with_ledger', 'starts', 'plot_starts', 'per_image', 'same_pictures', 'resident',
            'both_in_memory', 'baked', 'wide_shapes', 'main']
 
-# %% ../nbs/95_compiled.ipynb #f9d5a8db
+# %% ../nbs/95_compiled.ipynb #7feccab2
 import json
 import os
 import subprocess
@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .card import EMBEDDED, read_card
-from .coldstart import NAIVE, OURS, evict, in_turn, libraries, median_run, torch_alone
+from sdworker.coldstart import (
+    NAIVE,
+    OURS,
+    evict,
+    in_turn,
+    libraries,
+    median_run,
+    torch_alone,
+    usual_worker,
+    whole_job,
+)
 from .embedded import check, pairs
 from .files import weight_files
 from .measure import compare, psnr, summary, write_result
@@ -42,7 +52,7 @@ def naive_with_ledger() -> str:  # Python
     return script.replace('    return {"images": [', '    lap("answer")\n    return {"timings": '
                           '{"cold_start": LEDGER.close()}, "images": [', 1)
 
-# %% ../nbs/95_compiled.ipynb #b5a1f222
+# %% ../nbs/95_compiled.ipynb #9be8cccf
 def starts(
     model: str,  # as in SDWORKER_MODEL
     capsules: Path,  # folder of capsules
@@ -54,13 +64,11 @@ def starts(
 ) -> dict[str, Any]:  # by worker a summary and "rows"; "import_torch"
     "Start the three workers in turn, from a cold cache where it can be emptied."
     folder = EMBEDDED if model == "embedded" else Path(model)
-    half = {"VARIANT": "fp16"} if any(".fp16." in path.name for path in weight_files(folder)) else {}
     ours = {"SDWORKER_MODEL": model, "SDWORKER_CAPSULES": str(capsules.resolve())} | dict(more or {})
     workers = {name: (OURS, ours | {"SDWORKER_ENGINE": name}) for name in ("capsule", "pipeline")}
-    workers["naive"] = ([sys.executable, "-c", naive_with_ledger()], {"MODEL": str(folder)} | half)
+    workers["naive"] = usual_worker(folder, naive_with_ledger())
     cold = libraries() + weight_files(folder) + list(capsules.glob("*/*"))
-    given = {"prompt": "a large red star on a blue background", "seed": 7, "width": side, "height": side,
-             "num_inference_steps": steps, "guidance_scale": 3.0}
+    given = whole_job(read_card(folder), width=side, height=side, num_inference_steps=steps)
     gone, floor = evict(cold), []
     runs = in_turn(workers, given, repeat, cold if gone else [], tell, lambda: floor.append(torch_alone(cold)))
     report = {name: summary([run["seconds"] for run in found])
@@ -203,7 +211,7 @@ def baked(
         raise ChildProcessError(done.stderr.strip().splitlines()[-1])
     return {"seconds": time.perf_counter() - begin} | json.loads(done.stdout)["capsule"]
 
-# %% ../nbs/95_compiled.ipynb #2844a54b
+# %% ../nbs/95_compiled.ipynb #3f49f831
 def wide_shapes() -> dict[str, Any]:
     "The embedded model's shapes with a denoiser of 500 MB of weights: few layers, many channels."
     import torch
@@ -212,7 +220,8 @@ def wide_shapes() -> dict[str, Any]:
 
     config = UNet2DConditionModel.load_config(EMBEDDED / "unet") | {
         "block_out_channels": (512, 1024), "layers_per_block": 1, "attention_head_dim": (8, 16), "norm_num_groups": 32}
-    text = [CLIPTextConfig.from_pretrained(EMBEDDED / name) for name in ("text_encoder", "text_encoder_2")]
+    text = [CLIPTextConfig.from_pretrained(EMBEDDED / name, num_hidden_layers=1)
+            for name in ("text_encoder", "text_encoder_2")]
     with torch.device("meta"):
         return {"unet": UNet2DConditionModel.from_config(config), "text_encoder": CLIPTextModel(text[0]),
                 "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(EMBEDDED / "vae")),

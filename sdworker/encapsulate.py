@@ -6,7 +6,7 @@
 __all__ = ['Text', 'Denoiser', 'Vae', 'inputs_of', 'bounds_of', 'compile_part', 'sources_of', 'write_tokenizer', 'prove',
            'why_not', 'make_capsule']
 
-# %% ../nbs/25_encapsulate.ipynb #c5a0e95c
+# %% ../nbs/25_encapsulate.ipynb #1ec69c6e
 import hashlib
 import json
 import os
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.numpy import save_file as save_arrays
@@ -198,7 +199,7 @@ def _tables(pipe: "DiffusionPipeline") -> dict[str, Any]:
             continue
     return found
 
-# %% ../nbs/25_encapsulate.ipynb #578a2913
+# %% ../nbs/25_encapsulate.ipynb #39d1adff
 def prove(
     engine: CapsuleEngine,
     pipe: PipelineEngine,
@@ -210,7 +211,7 @@ def prove(
     for sampler in ["" if key == f"{OWN} rows" else key.split()[0] for key in engine.tables if key.endswith(" rows")]:
         drawn = [generate(which, _TEXTS[1], sampler=sampler, **request).pictures for which in (engine, pipe)]
         worst = min(worst, *(psnr(ours.image, theirs.image) for ours, theirs in zip(*drawn, strict=True)))
-        if any(len(set(one.image.getdata())) == 1 for pictures in drawn for one in pictures):
+        if any(not np.ptp(one.image, (0, 1)).any() for pictures in drawn for one in pictures):
             raise ModelError("both engines draw nothing but one colour, so nothing is known of the compiled code; try "
                              "another number format.", lasting=True)
     if worst < (40 if engine.dtype == "float32" else 30):
@@ -231,7 +232,7 @@ def why_not(
                 "CXX.")
     return ""
 
-# %% ../nbs/25_encapsulate.ipynb #5e009986
+# %% ../nbs/25_encapsulate.ipynb #55db7cfe
 def make_capsule(
     card: ModelCard,
     to: Path,  # folder of capsules; is made
@@ -242,7 +243,8 @@ def make_capsule(
     "Make a capsule of a model, unless there is one that fits. Raises `ModelError`."
     key = capsule_key(card, device, dtype)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
-    folder = to / f"{re.sub(r'[^a-z0-9.]+', '-', card.name.lower())}-{key['architecture']}-{digest}"
+    name = re.sub(r"[^a-z0-9.]+", "-", card.name.lower()).strip("-")
+    folder = to / f"{name}-{key['architecture']}-{digest}"
     to.mkdir(parents=True, exist_ok=True)
     with FileLock(to / f".{folder.name}.lock"):
         if folder.exists() and not refusal(folder, key):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ', 'STAGED', 'THREAD', 'NO_PREFETCH', 'sdxl_sized', 'staged_workers', 'read_floor', 'sized', 'main']
 
-# %% ../nbs/93_proof.ipynb #0826cc3f
+# %% ../nbs/93_proof.ipynb #1d0e8163
 import shutil
 import sys
 import time
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .card import EMBEDDED
-from .coldstart import NAIVE, coldstart, evict, in_turn, median_run
+from .coldstart import NAIVE, coldstart, evict, in_turn, median_run, usual_worker
 from .files import weight_files
 from .measure import summary, write_result
 from .weights import prefetch
@@ -98,7 +98,7 @@ sdworker.handler.prefetch = lambda files: threading.Thread(target=read, args=[fi
 """
 NO_PREFETCH = "sdworker.handler.prefetch = lambda files: None"
 
-# %% ../nbs/93_proof.ipynb #2cc1a380
+# %% ../nbs/93_proof.ipynb #321bdd6a
 def staged_workers(
     folder: Path,  # of the model
 ) -> dict[str, tuple[list[str], dict[str, str]]]:  # command and environment by name
@@ -106,11 +106,11 @@ def staged_workers(
     begin, _, rest = NAIVE.partition("    given = job")
     answer = "    read_all(pipe)\n    return {'images': []}\n\n"
     naive = READ + begin.replace("torch.float32", "torch.float16") + answer + rest[rest.index("runpod.serverless"):]
-    told = {"SDWORKER_ENGINE": "pipeline", "SDWORKER_MODEL": str(folder), "SDWORKER_DTYPE": "float16",
-            "MODEL": str(folder)}
+    told = {"SDWORKER_ENGINE": "pipeline", "SDWORKER_MODEL": str(folder), "SDWORKER_DTYPE": "float16"}
     ours = {"ours": "", "ours, no prefetch": NO_PREFETCH, "ours, a thread": THREAD}
-    scripts = {name: f"{STAGED}\n{more}\nsdworker.handler.start()" for name, more in ours.items()} | {"naive": naive}
-    return {name: ([sys.executable, "-c", script], told) for name, script in scripts.items()}
+    scripts = {name: f"{STAGED}\n{more}\nsdworker.handler.start()" for name, more in ours.items()}
+    return {name: ([sys.executable, "-c", script], told) for name, script in scripts.items()} | {
+        "naive": usual_worker(folder, naive)}
 
 # %% ../nbs/93_proof.ipynb #6fabae05
 def read_floor(
