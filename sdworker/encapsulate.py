@@ -6,14 +6,16 @@
 __all__ = ['Text', 'Denoiser', 'Vae', 'inputs_of', 'bounds_of', 'compile_part', 'sources_of', 'write_tokenizer', 'prove',
            'why_not', 'make_capsule']
 
-# %% ../nbs/25_encapsulate.ipynb #1ec69c6e
+# %% ../nbs/25_encapsulate.ipynb #d9c7837a
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +102,7 @@ def bounds_of(
     side = [limit // pipe.vae_scale_factor for limit in ranges(card)["side"]]
     return {"calls": [1, 2 * MOST_IMAGES, 1], "images": [1, MOST_IMAGES, 1], "height": side, "width": side}
 
-# %% ../nbs/25_encapsulate.ipynb #c8efc9eb
+# %% ../nbs/25_encapsulate.ipynb #9f13c98b
 def compile_part(
     part: torch.nn.Module,
     inputs: list[list[Any]],  # of each: dtype and dimensions
@@ -117,7 +119,7 @@ def compile_part(
     example = tuple(torch.ones([sizes.get(dim, dim) for dim in dims], dtype=getattr(torch, dtype), device=device)
                     for dtype, dims in inputs)
     shapes = tuple({at: open_dims[dim] for at, dim in enumerate(dims) if dim in open_dims} for _, dims in inputs)
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of what torch will change one day
+    with torch.no_grad(), _quoted_libraries(), warnings.catch_warnings(action="ignore"):  # of changes to come in torch
         exported = torch.export.export(part, example, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=str(to), inductor_configs=_options())
     used, constants = set(open_part(to).get_constant_fqns()), {**exported.state_dict, **exported.constants}
@@ -125,6 +127,17 @@ def compile_part(
         raise ModelError(f"{', '.join(nameless)} in the model's code belongs to no component, so no capsule can be "
                          "made of it.", lasting=True)
     return {name: tensor for name, tensor in constants.items() if name in used or tensor.numel() <= _FEW}
+
+@contextmanager
+def _quoted_libraries() -> Iterator[None]:
+    "torch 2.13 names the folder of its libraries to the linker as it is; one with a space in it would be two words."
+    from torch.utils import cpp_extension
+
+    plain, cpp_extension.TORCH_LIB_PATH = cpp_extension.TORCH_LIB_PATH, shlex.quote(cpp_extension.TORCH_LIB_PATH)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = plain
 
 def _dimension(name: str, least: int, most: int, multiple: int) -> Any:
     whole = torch.export.Dim(name, min=least // multiple, max=most // multiple)
