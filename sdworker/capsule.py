@@ -313,7 +313,7 @@ def beyond(
         return f"the capsule has no table of the scheduler {shape.sampler or 'of the model'}"
     return ""
 
-# %% ../nbs/24_capsule.ipynb #e7e332b4
+# %% ../nbs/24_capsule.ipynb #bf63e505
 class CapsuleFirst:
     "Draws with a capsule, and hands what that cannot do to a pipeline."
     def __init__(self, capsule: CapsuleEngine, pipeline: Callable[[], Engine]):  # loads it; called once
@@ -337,7 +337,8 @@ class CapsuleFirst:
         begin, there = time.perf_counter(), self._pipeline
         pipeline = self.pipeline()
         waited = "" if there else f" Loading it took {time.perf_counter() - begin:.1f} s."
-        return pipeline, f"Drawn by the pipeline, not the capsule: {reason}.{waited}"
+        drawer, word = pipeline.pick(shape, images)
+        return drawer, f"Drawn by the pipeline, not the capsule: {reason}.{waited} {word}".strip()
 
 @lru_cache
 def _say(text: str) -> None:

@@ -56,7 +56,7 @@ def place(
     dtype = chosen.dtype if chosen.dtype != "auto" else "float16" if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/35_load.ipynb #b233300d
+# %% ../nbs/35_load.ipynb #60abfd50
 def _import_pipeline(card: ModelCard) -> type:
     "Import what draws with diffusers, package by package, so that each gets its row."
     from transformers import CLIPTextModel  # noqa: F401
@@ -75,12 +75,16 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     with lean():
         kind = _import_pipeline(card)
         try:
-            return kind(card, device, dtype, **more)
+            engine = kind(card, device, dtype, **more)
         except ModelError:
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
+        from sdworker.attention import use_attention
 
-# %% ../nbs/35_load.ipynb #5cde8115
+        engine.instead = use_attention(engine.pipe, settings().attention, device, dtype)
+    return engine
+
+# %% ../nbs/35_load.ipynb #a46ad5df
 def _load(chosen: Settings) -> "Engine":
     "Load the model that the settings ask for."
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
@@ -97,15 +101,16 @@ def _load(chosen: Settings) -> "Engine":
     engine, reason = _capsule(chosen, card, device, dtype)
     if not engine:
         engine = _pipeline(card, device, dtype)
-        engine.instead = reason
+        engine.instead = f"{reason} {engine.instead}".strip()
     LEDGER.lap("weights")
     return engine
 
-# %% ../nbs/35_load.ipynb #82ca2197
+# %% ../nbs/35_load.ipynb #daa1d3f9
 def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
     "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
     places = capsule_places(chosen)
-    if chosen.engine == "pipeline" or (chosen.engine == "auto" and not capsules_in(places)):
+    useful = capsules_in(places) and chosen.attention == "sdpa"
+    if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):
         return None, ""
     from sdworker.capsule import CapsuleEngine, CapsuleFirst, beyond, find_capsule
     from sdworker.engine import Shape

@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or it reads what
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-# %% ../nbs/01_settings.ipynb #a94f0216
+# %% ../nbs/01_settings.ipynb #0e1dacba
 PREFIX = "SDWORKER_"
 
 class Settings(BaseSettings):
@@ -38,10 +38,11 @@ class Settings(BaseSettings):
         "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
     capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
     make_capsule: bool = Field(False, description="Where no capsule fits, make one after the first answer; needs g++")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to run; `auto` is `cuda` where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run; `auto` is `cuda` if there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the weights; `auto` is `float16` on `cuda`, `float32` on `cpu`")
+    attention: Literal["sdpa", "xformers", "sliced", "flash", "flex", "math"] = Field(
+        "sdpa", description="Attention of the pipeline; `sdpa` is PyTorch's own, and what compiled code has")
     load: Literal["background", "lazy", "eager"] = Field(
         "background", description="Load the model beside the SDK's own start, at the first request, or before all")
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
