@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'generate', 'coldstart', 'bake', 'verify', 'serve', 'start', 'main']
 
-# %% ../nbs/99_cli.ipynb #8dae6648
+# %% ../nbs/99_cli.ipynb #d4185cb5
 import sdworker.ledger  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
 import json
 import os
@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import typer
 
 from .card import ModelError, Unsuited
-from .request import RequestError, advice, parse_request
+from .request import Request, RequestError, advice, parse_request
 from .settings import SettingsError, settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -50,16 +50,17 @@ def _bar(shown: bool, doing: str, of_bytes: bool = False):
         task = progress.add_task("loading", total=None)
         yield lambda done, total, now=doing: progress.update(task, description=now, completed=done, total=total)
 
-# %% ../nbs/99_cli.ipynb #38304213
-def _write(drawn, out: Path) -> list[dict]:  # path, prompt, seed and seconds of each picture
+# %% ../nbs/99_cli.ipynb #63ffc822
+def _write(drawn, out: Path, request: Request) -> list[dict]:  # path, prompt, seed and seconds of each picture
     "Save pictures under names that tell place and seed."
-    from sdworker.images import save_png
+    from sdworker.images import save
 
-    return [{"path": str(save_png(picture.image, out / f"{k:02d}-seed-{picture.seed}.png")),
+    kind = request.image_format or "png"
+    return [{"path": str(save(picture.image, out / f"{k:02d}-seed-{picture.seed}.{kind}", request.image_quality)),
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
 
-# %% ../nbs/99_cli.ipynb #61d7a0ee
+# %% ../nbs/99_cli.ipynb #2b0853b8
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
@@ -71,22 +72,24 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("out"),
+    form: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
+    quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
-    """Draw pictures and write them as PNG files.
+    """Draw pictures and write them as files.
 
     Examples:
 
         sdworker generate "a large red star on a blue background" -n 4 --seed 7 -o out/
 
-        sdworker generate "a small white ring on black" "a large green cross" --json
+        sdworker generate "a small white ring on black" "a large green cross" --format jpeg --json
 
         SDWORKER_MODEL=stabilityai/stable-diffusion-xl-base-1.0 sdworker generate "a lighthouse"
     """
     asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height,
              "num_images": n, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed,
-             "scheduler": scheduler}
+             "scheduler": scheduler, "image_format": form, "image_quality": quality}
     with _plain_errors():
         report = _generate(asked, out, shown=not as_json and sys.stderr.isatty())
     if as_json:
@@ -97,7 +100,7 @@ def generate(
     for warning in report["warnings"]:
         typer.echo(f"sdworker: {warning}", err=True)
 
-# %% ../nbs/99_cli.ipynb #f18c51f0
+# %% ../nbs/99_cli.ipynb #f70be652
 def _generate(asked: dict, out: Path, shown: bool) -> dict:
     "Check, load, draw, write."
     from sdworker.load import initialize_model, model_card
@@ -110,7 +113,7 @@ def _generate(asked: dict, out: Path, shown: bool) -> dict:
         from sdworker.engine import generate as draw
 
         drawn = draw(engine, **request.arguments(), max_batch=chosen.max_batch, on_step=on_step)
-    return {"images": _write(drawn, out), "timings": drawn.timings.rounded(),
+    return {"images": _write(drawn, out, request), "timings": drawn.timings.rounded(),
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
 # %% ../nbs/99_cli.ipynb #049f40eb

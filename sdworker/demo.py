@@ -6,7 +6,7 @@
 __all__ = ['STAR', 'REQUESTS', 'PAGE', 'free_port', 'serving', 'Outcome', 'send', 'verdicts', 'good', 'keep', 'table', 'demo',
            'main']
 
-# %% ../nbs/49_demo.ipynb #9f01e832
+# %% ../nbs/49_demo.ipynb #603887c5
 import html
 import os
 import socket
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .embedded import contact_sheet, judge
-from .images import from_data_uri, save_png
+from .images import from_data_uri, save
 
 # %% ../nbs/49_demo.ipynb #d11ac1bb
 def free_port() -> int:
@@ -167,7 +167,7 @@ ROWS
 </main></html>
 """
 
-# %% ../nbs/49_demo.ipynb #d5d60cbe
+# %% ../nbs/49_demo.ipynb #f4fe7355
 def keep(
     outcomes: list[Outcome],
     folder: Path,  # made if needed
@@ -175,10 +175,10 @@ def keep(
     "Write the pictures, a contact sheet and a page."
     for outcome in outcomes:
         for name, image in zip(_files(outcome), outcome.images, strict=True):
-            save_png(image, folder / name)
+            save(image, folder / name)
     images = [image for outcome in outcomes for image in outcome.images]
     if images:
-        save_png(contact_sheet(images, columns=len(images), zoom=2), folder / "contact-sheet.png")
+        save(contact_sheet(images, columns=len(images), zoom=2), folder / "contact-sheet.png")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(_page(outcomes), encoding="utf-8")
 

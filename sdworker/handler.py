@@ -26,7 +26,7 @@ from .weights import prefetch
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/45_handler.ipynb #900aefb5
+# %% ../nbs/45_handler.ipynb #43a3702c
 def respond(
     given: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
@@ -39,8 +39,9 @@ def respond(
 
     drawn = generate(engine, **request.arguments(), max_batch=chosen.max_batch)
     LEDGER.lap("first image")
-    with drawn.timings.stage("encode_png"):
-        images = [data_uri(picture.image) for picture in drawn.pictures]
+    with drawn.timings.stage("encode_image"):
+        form = request.image_format or "png", request.image_quality
+        images = [data_uri(picture.image, *form) for picture in drawn.pictures]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'LONGEST', 'draw_pairs', 'gate', 'main']
 
-# %% ../nbs/90_quality.ipynb #487b0ba2
+# %% ../nbs/90_quality.ipynb #83edd91a
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from rich.progress import track
 from .card import fingerprint
 from .embedded import adherence, contact_sheet, held_out, pairs, parse
 from .engine import Engine, generate
-from .images import save_png
+from .images import save
 from .load import initialize_model
 from .measure import timed, write_result
 
@@ -51,7 +51,7 @@ def gate(
             "unseen_scenes": {"pairs": len(unseen), **(adherence(unseen) if unseen else {})},
             "seconds_per_image_alone": alone, "steps": engine.card.steps, "guidance": engine.card.guidance}
 
-# %% ../nbs/90_quality.ipynb #828f173c
+# %% ../nbs/90_quality.ipynb #c9c6b746
 def main(
     to: Annotated[Path, typer.Argument(help="Where to write the result.")] = Path("results/adherence.json"),
     sheet: Annotated[Path | None, typer.Option(help="Where to write a contact sheet of the first 24 pairs.")] = None,
@@ -59,7 +59,7 @@ def main(
     "Run the adherence gate on the model of the settings and record it, passed or not; exit code 1 if it fails."
     if sheet:
         few = draw_pairs(initialize_model(), pairs("gate 2", 24))
-        save_png(contact_sheet([image for _, image in few], zoom=2), sheet)
+        save(contact_sheet([image for _, image in few], zoom=2), sheet)
     figures = gate(initialize_model())
     write_result(to, figures, "python -m sdworker.quality: the gate's pairs, pipeline engine, default settings")
     typer.echo(", ".join(f"{name} {100 * rate:.1f} %" for name, rate in figures["adherence"].items()))

@@ -35,7 +35,7 @@ def _seeds(value: Any) -> Any:
             raise ValueError("should be a whole number from 0 to 4294967295, or a list of them")
     return value
 
-# %% ../nbs/40_request.ipynb #d72ffa58
+# %% ../nbs/40_request.ipynb #f2f8d4e5
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -49,6 +49,8 @@ class Request(BaseModel):
     scheduler: Literal["euler", "euler_a", "ddim", "dpmpp_2m"] | None = None  # the sampler; None: the model's own
     seed: Annotated[int | list[int] | None, BeforeValidator(_seeds)] = None  # image k gets seed + k; or a list
     num_images: int = Field(1, ge=1)  # images of each prompt
+    image_format: Literal["png", "jpeg", "webp"] | None = None  # of the answer; None: png, which loses nothing
+    image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
     def arguments(self) -> dict[str, Any]:
         "The request in the words of `engine.generate`."
@@ -57,7 +59,7 @@ class Request(BaseModel):
                 "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images,
                 "sampler": self.scheduler or ""}
 
-# %% ../nbs/40_request.ipynb #7fc9916b
+# %% ../nbs/40_request.ipynb #795e2a34
 class RequestError(ValueError):
     "A request that cannot be carried out; the message is for its sender."
 
@@ -82,6 +84,9 @@ def _breaches(request: Request, card: ModelCard, limits: Settings) -> Iterator[s
     if images > limits.max_images:
         yield (f"num_images is {request.num_images} for {len(request.prompt)} prompt(s), {images} images in all: "
                f"should be at most {limits.max_images} in all.")
+    if request.image_quality and request.image_format in (None, "png"):
+        yield (f"image_quality is {request.image_quality}: png loses nothing and has none; name jpeg or webp as "
+               "image_format.")
     if isinstance(request.seed, list) and len(request.seed) != images:
         yield f"seed has {len(request.seed)} entries for {images} images: give one for each, or a single number."
 
