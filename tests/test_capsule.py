@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,20 +194,30 @@ def test_fifty_requests_out_of_range_get_a_sentence(capsule):
             engine.pick(shape, images)
 
 
+ANSWERS = """
+import json, sys
+from sdworker.handler import handler
+print(json.dumps([handler({"id": "one", "input": given}) for given in json.load(sys.stdin)]))
+"""
+
+
 def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(capsule):
-    """The same at the queue, of a worker that has nothing but the capsule."""
+    """The same through the handler of a worker that has nothing but the capsule."""
     sides = [(w, h) for w, h in product((0, 8, 24, 31, 33, 100, 2056, 4096), repeat=2)][:40]
     wrong = [{"width": w, "height": h} for w, h in sides]
     wrong += [{"num_inference_steps": steps} for steps in (0, -1, 101, 1000, "many")]
     wrong += [{"scheduler": name} for name in ("heun", "EULER", "unipc")]
     wrong += [{"num_images": n} for n in (0, -1, 1000)] + [{"guidance_scale": -1}, {"seed": -1}, {"width": "wide"}]
     assert len(wrong) >= 50
-    shift = started(capsule.parent, [job(str(n), **fields) for n, fields in enumerate(wrong)] + [job("right")],
-                    SDWORKER_ENGINE="capsule")
-    for n, fields in enumerate(wrong):
-        said = shift.answers[str(n)].get("error", "")
-        assert any(name in said for name in fields) and len(said) < 300, (fields, shift.answers[str(n)])
-    drawn(shift, "right")
+    jobs = [job("", **fields)["input"] for fields in [*wrong, {}]]
+    told = {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule"}
+    done = subprocess.run([sys.executable, "-c", ANSWERS], input=json.dumps(jobs), env=os.environ | told,
+                          capture_output=True, text=True, check=True)
+    *answers, right = json.loads(done.stdout)
+    for fields, answer in zip(wrong, answers, strict=True):
+        said = answer.get("error", "")
+        assert any(name in said for name in fields) and len(said) < 300, (fields, answer)
+    assert all(judge(from_data_uri(right["images"][0]), PROMPT).values())
 
 
 def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(capsule):
