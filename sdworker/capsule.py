@@ -247,7 +247,7 @@ class CapsuleEngine:
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the pipeline.")
         return self, ""
 
-# %% ../nbs/24_capsule.ipynb #73fb6f2e
+# %% ../nbs/24_capsule.ipynb #14799887
 @torch.inference_mode()
 def encode_texts(
     engine: CapsuleEngine,
@@ -255,7 +255,7 @@ def encode_texts(
     shape: Shape,
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
     "Embed the prompts of a batch, and the negative ones if there is guidance."
-    texts = [shot.prompt for shot in shots] + [shot.negative_prompt for shot in shots if shape.guidance > 1]
+    texts = [shot.prompt for shot in shots] + [shot.negative_prompt for shot in shots if shape.guided]
     tokens = [torch.tensor([found.ids for found in tokenizer.encode_batch(texts)], device=engine.device)
               for tokenizer in engine.tokenizers]
     found = engine.run("text", *tokens)
@@ -265,7 +265,7 @@ def encode_texts(
             tensor[empty] = 0
     return dict(zip(("text", "pooled"), found, strict=False))
 
-# %% ../nbs/24_capsule.ipynb #53499031
+# %% ../nbs/24_capsule.ipynb #591d0db4
 @torch.inference_mode()
 def denoise_by_table(
     engine: CapsuleEngine,
@@ -281,10 +281,14 @@ def denoise_by_table(
         sizes = [shape.height, shape.width, 0, 0, shape.height, shape.width]
         fixed.append(torch.tensor([sizes] * len(text), dtype=dtype, device=engine.device))
 
+    guided = iter(range(shape.guided))
+
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
-        given = latents.repeat(len(text) // len(shots), 1, 1, 1)
-        said = engine.run("denoiser", given, torch.full((len(given),), t, device=engine.device), *fixed)[0]
-        if len(text) == len(shots):
+        calls = len(text) if next(guided, None) is not None else len(shots)
+        given = latents.repeat(calls // len(shots), 1, 1, 1)
+        told = (torch.full((calls,), t, device=engine.device), *(tensor[:calls] for tensor in fixed))
+        said = engine.run("denoiser", given, *told)[0]
+        if calls == len(shots):
             return said
         wanted, unwanted = said.chunk(2)
         return unwanted + shape.guidance * (wanted - unwanted)

@@ -125,7 +125,7 @@ def per_image(
                                     lambda: theirs.denoise(given[1], shots, shape).cpu(), repeat)  # noqa: B023
     return found
 
-# %% ../nbs/95_compiled.ipynb #ea74911a
+# %% ../nbs/95_compiled.ipynb #fd7d24b6
 SIZES = ((64, 64), (96, 96), (128, 128), (96, 64))  # width and height, pixels
 
 def same_pictures(
@@ -136,11 +136,12 @@ def same_pictures(
     tell: Callable[[int], None] = lambda pictures: None,  # hears how many more pairs are done
 ) -> dict[str, Any]:  # "pairs", "passed", "agree" (share of equal verdicts), and worst PSNR by sampler and size
     "Draw pairs with both engines and compare the pictures."
-    from sdworker.engine import SAMPLERS, generate
+    from sdworker.engine import generate
+    from sdworker.samplers import TABLED
 
     asked = pairs("gate 2", n)
-    tasks = [(sizes[0], name, asked) for name in SAMPLERS] + [
-        (size, name, asked[k::len(SAMPLERS)]) for size, (k, name) in product(sizes[1:], enumerate(SAMPLERS))]
+    tasks = [(sizes[0], name, asked) for name in TABLED] + [
+        (size, name, asked[k::len(TABLED)]) for size, (k, name) in product(sizes[1:], enumerate(TABLED))]
     worst: dict[str, float] = {}
     agree = total = 0
     for (width, height), sampler, some in filter(lambda task: task[2], tasks):

@@ -6,7 +6,7 @@
 __all__ = ['Text', 'Denoiser', 'Vae', 'inputs_of', 'bounds_of', 'compile_part', 'sources_of', 'write_tokenizer', 'prove',
            'why_not', 'make_capsule']
 
-# %% ../nbs/25_encapsulate.ipynb #d9c7837a
+# %% ../nbs/25_encapsulate.ipynb #9547e4d9
 import hashlib
 import json
 import os
@@ -39,10 +39,10 @@ from sdworker.capsule import (
     refusal,
 )
 from .card import ModelCard, ModelError
-from .engine import SAMPLERS, PipelineEngine, generate, load_pipeline, scheduler_for, to_pixels
+from .engine import PipelineEngine, generate, load_pipeline, scheduler_for, to_pixels
 from .files import weight_files
 from .measure import psnr
-from .samplers import make_tables
+from .samplers import TABLED, make_tables
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -201,11 +201,11 @@ def write_tokenizer(
 
 _TEXTS = ["", "a large red star on a blue background", "A Star!  (really: 1.5)", "über Größe, 日本語 🙂", "word " * 200]
 
-# %% ../nbs/25_encapsulate.ipynb #865a293d
+# %% ../nbs/25_encapsulate.ipynb #94c96fa4
 def _tables(pipe: "DiffusionPipeline") -> dict[str, Any]:
     "The tables of all samplers that have one; the model's own among them if it is of that kind."
     found = {}
-    for name, sampler in {OWN: "", **{name: name for name in SAMPLERS}}.items():
+    for name, sampler in {OWN: "", **{name: name for name in TABLED}}.items():
         try:
             found[f"{name} rows"], found[f"{name} ends"] = make_tables(scheduler_for(pipe.scheduler, sampler))
         except ValueError:  # the pipeline draws with that one

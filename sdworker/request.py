@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Request', 'RequestError', 'parse_request', 'advice']
 
-# %% ../nbs/40_request.ipynb #284e2c26
+# %% ../nbs/40_request.ipynb #d384bd4e
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .card import ModelCard
+from .schedulers import STAND_INS, sampler_named
 from .settings import Settings, complaint
 
-# %% ../nbs/40_request.ipynb #440222d7
+# %% ../nbs/40_request.ipynb #252af501
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -35,7 +36,10 @@ def _seeds(value: Any) -> Any:
             raise ValueError("should be a whole number from 0 to 4294967295, or a list of them")
     return value
 
-# %% ../nbs/40_request.ipynb #f2f8d4e5
+def _sampler(value: Any) -> Any:
+    return sampler_named(value) if isinstance(value, str) else value
+
+# %% ../nbs/40_request.ipynb #37930351
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -46,7 +50,8 @@ class Request(BaseModel):
     height: int | None = None  # pixels
     num_inference_steps: int | None = None  # denoising steps
     guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False)  # how closely to follow the prompt
-    scheduler: Literal["euler", "euler_a", "ddim", "dpmpp_2m"] | None = None  # the sampler; None: the model's own
+    guidance_end: float | None = Field(None, ge=0, le=1)  # share of the steps after which guidance is off
+    scheduler: Annotated[str | None, BeforeValidator(_sampler)] = None  # by any name; None: the model's own
     seed: Annotated[int | list[int] | None, BeforeValidator(_seeds)] = None  # image k gets seed + k; or a list
     num_images: int = Field(1, ge=1)  # images of each prompt
     image_format: Literal["png", "jpeg", "webp"] | None = None  # of the answer; None: png, which loses nothing
@@ -57,7 +62,8 @@ class Request(BaseModel):
         return {"prompt": self.prompt, "negative_prompt": self.negative_prompt or "",
                 "width": self.width, "height": self.height, "steps": self.num_inference_steps,
                 "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images,
-                "sampler": self.scheduler or ""}
+                "guidance_end": 1.0 if self.guidance_end is None else self.guidance_end,
+                "sampler": STAND_INS.get(self.scheduler, self.scheduler) or ""}
 
 # %% ../nbs/40_request.ipynb #795e2a34
 class RequestError(ValueError):
@@ -108,14 +114,16 @@ def parse_request(
         raise RequestError(breach)
     return request
 
-# %% ../nbs/40_request.ipynb #d9e37dcc
+# %% ../nbs/40_request.ipynb #2f31bacc
 def advice(
     request: Request,
     card: ModelCard,
 ) -> list[str]:  # sentences for the response's "warnings"
     "What the sender should know about a request that is carried out."
-    size = (request.width or card.side, request.height or card.side)
-    if size == (card.side, card.side):
-        return []
-    return [f"The size is {size[0]}x{size[1]}; {card.name} was made for {card.side}x{card.side}, "
-            "and others may look worse."]
+    size, found = (request.width or card.side, request.height or card.side), []
+    if size != (card.side, card.side):
+        found.append(f"The size is {size[0]}x{size[1]}; {card.name} was made for {card.side}x{card.side}, "
+                     "and others may look worse.")
+    if request.scheduler in STAND_INS:
+        found.append(f"The scheduler {request.scheduler} is not here; {STAND_INS[request.scheduler]} stands in for it.")
+    return found
