@@ -72,16 +72,18 @@ def _xformers_lacks(device: str) -> str:
         return "compute capability {}.{}, and 7.0 is the least".format(*capability)
     return "" if find_spec("xformers") else "it is not installed"
 
-# %% ../nbs/22_attention.ipynb #0e498481
+# %% ../nbs/22_attention.ipynb #99614fd0
 def use_attention(
     pipe: "DiffusionPipeline",
-    name: str,  # "sliced", or a key of `BACKENDS`
+    name: str,  # "sliced", "xformers+sliced", or a key of `BACKENDS`
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
 ) -> str:  # for the answer's "warnings"; empty: it is used
     "Have a pipeline's denoiser use a way of attention, or leave it as it is and say why."
     if name == "sdpa":
         return ""
+    if name == "xformers+sliced":
+        return " ".join(filter(None, (use_attention(pipe, one, device, dtype) for one in ("xformers", "sliced"))))
     if name == "sliced":
         pipe.enable_attention_slicing()
     elif reason := probe(name, device, dtype):

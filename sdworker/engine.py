@@ -268,13 +268,14 @@ class Drawn:
     timings: Timings  # seconds: encode, denoise, decode
     warnings: list[str] = field(default_factory=list)  # for whoever asked
 
-# %% ../nbs/20_engine.ipynb #ea3e7116
+# %% ../nbs/20_engine.ipynb #71bb08fb
 def memory_is_out(
     error: BaseException,
 ) -> bool:
     "Whether an error says that the device has no memory left."
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    said = ("allocate memory", "out of memory", "create a primitive")  # PyTorch's allocators; oneDNN
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 def in_batches(
     shots: Sequence[Shot],

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'respond', 'handler', 'start', 'serve']
 
-# %% ../nbs/45_handler.ipynb #39d98f42
+# %% ../nbs/45_handler.ipynb #b7884f00
 import logging
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .cache import usable_caches
@@ -26,7 +27,7 @@ from .weights import prefetch
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/45_handler.ipynb #43a3702c
+# %% ../nbs/45_handler.ipynb #d1342767
 def respond(
     given: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
@@ -37,11 +38,13 @@ def respond(
     LEDGER.lap("wait for a job")
     from sdworker.engine import generate
 
-    drawn = generate(engine, **request.arguments(), max_batch=chosen.max_batch)
-    LEDGER.lap("first image")
-    with drawn.timings.stage("encode_image"):
-        form = request.image_format or "png", request.image_quality
-        images = [data_uri(picture.image, *form) for picture in drawn.pictures]
+    form, coded = (request.image_format or "png", request.image_quality), []
+    with ThreadPoolExecutor(2, "encode") as pool:
+        drawn = generate(engine, **request.arguments(), max_batch=chosen.max_batch,
+                         on_picture=lambda picture: coded.append(pool.submit(data_uri, picture.image, *form)))
+        LEDGER.lap("first image")
+        with drawn.timings.stage("encode_image"):  # what is left of it when all is drawn
+            images = [one.result() for one in coded]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:

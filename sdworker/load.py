@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'model_card', 'place', 'make_capsule_behind', 'initialize_model', 'begin_loading']
 
-# %% ../nbs/35_load.ipynb #c6afc243
+# %% ../nbs/35_load.ipynb #251898e9
 import logging
 import os
 import subprocess
@@ -25,6 +25,8 @@ from .card import ModelCard, ModelError, Unsuited, read_card
 from .imports import without_collector
 from .lean import import_torch, lean
 from .ledger import LEDGER
+from .presets import with_preset
+from .profiles import for_pipeline_alone, pipeline_for
 from .settings import Settings, settings
 from .sources import find, resolve
 from .weights import end_prefetch
@@ -34,12 +36,12 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/35_load.ipynb #011cfcc5
+# %% ../nbs/35_load.ipynb #b8f4d518
 @lru_cache(maxsize=1)
 def model_card() -> ModelCard:
     "The card of the model that the settings ask for."
     chosen = settings()
-    return read_card(resolve(chosen, weights=False), chosen.model)
+    return with_preset(read_card(resolve(chosen, weights=False), chosen.model), chosen.preset)
 
 # %% ../nbs/35_load.ipynb #9248a465
 def place(
@@ -56,33 +58,26 @@ def place(
     dtype = chosen.dtype if chosen.dtype != "auto" else "float16" if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/35_load.ipynb #60abfd50
-def _import_pipeline(card: ModelCard) -> type:
+# %% ../nbs/35_load.ipynb #687e28cd
+def _import_pipeline(card: ModelCard) -> None:
     "Import what draws with diffusers, package by package, so that each gets its row."
     from transformers import CLIPTextModel  # noqa: F401
 
     LEDGER.lap("transformers")
     import diffusers
 
-    from sdworker.engine import PipelineEngine
-
     getattr(diffusers, card.pipeline)
     LEDGER.lap("diffusers")
-    return PipelineEngine
 
 def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     "Load the pipeline, with weights to be shared if there are any."
     with lean():
-        kind = _import_pipeline(card)
+        _import_pipeline(card)
         try:
-            engine = kind(card, device, dtype, **more)
+            return pipeline_for(settings(), card, device, dtype, **more)
         except ModelError:
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
-        from sdworker.attention import use_attention
-
-        engine.instead = use_attention(engine.pipe, settings().attention, device, dtype)
-    return engine
 
 # %% ../nbs/35_load.ipynb #a46ad5df
 def _load(chosen: Settings) -> "Engine":
@@ -105,11 +100,11 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("weights")
     return engine
 
-# %% ../nbs/35_load.ipynb #daa1d3f9
+# %% ../nbs/35_load.ipynb #b4e8e993
 def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
     "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
     places = capsule_places(chosen)
-    useful = capsules_in(places) and chosen.attention == "sdpa"
+    useful = capsules_in(places) and not for_pipeline_alone(chosen, card)
     if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):
         return None, ""
     from sdworker.capsule import CapsuleEngine, CapsuleFirst, beyond, find_capsule
