@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'load_pipeline', 'encode_prompts', 'scheduler_for', 'denoise',
-           'to_pixels', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'memory_is_out', 'in_batches',
-           'generate']
+           'to_pixels', 'as_bytes', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'memory_is_out',
+           'in_batches', 'generate']
 
 # %% ../nbs/20_engine.ipynb #0a5ab07c
 import copy
@@ -196,7 +196,7 @@ def denoise(
         callback_on_step_end_tensor_inputs=halved,
         generator=[torch.Generator().manual_seed(shot.seed) for shot in shots]).images
 
-# %% ../nbs/20_engine.ipynb #3851260f
+# %% ../nbs/20_engine.ipynb #b259cc58
 def to_pixels(
     vae: torch.nn.Module,  # AutoencoderKL
     latents: torch.Tensor,  # as from `denoise`
@@ -208,7 +208,12 @@ def to_pixels(
         mean, std = (torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
                      for v in (config.latents_mean, config.latents_std))
         latents = latents * std + mean
-    pixels = vae.decode(latents, return_dict=False)[0]
+    return as_bytes(vae.decode(latents, return_dict=False)[0])
+
+def as_bytes(
+    pixels: torch.Tensor,  # (n, 3, height, width), -1..1
+) -> torch.Tensor:  # uint8 (n, height, width, 3)
+    "What a decoder makes, as bytes."
     return pixels.div(2).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 @torch.inference_mode()
