@@ -62,6 +62,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sdworker.bench._measured': ('bench.html#_measured', 'sdworker/bench.py'),
                                 'sdworker.bench._memory': ('bench.html#_memory', 'sdworker/bench.py'),
                                 'sdworker.bench._plain': ('bench.html#_plain', 'sdworker/bench.py'),
+                                'sdworker.bench._plainly': ('bench.html#_plainly', 'sdworker/bench.py'),
                                 'sdworker.bench._profile': ('bench.html#_profile', 'sdworker/bench.py'),
                                 'sdworker.bench._roofline': ('bench.html#_roofline', 'sdworker/bench.py'),
                                 'sdworker.bench._transformer': ('bench.html#_transformer', 'sdworker/bench.py'),

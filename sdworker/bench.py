@@ -36,7 +36,7 @@ from .quality import draw_pairs, held, switched
 from .request import advice, parse_request
 from .settings import Settings
 
-# %% ../nbs/97_bench.ipynb #efa30eba
+# %% ../nbs/97_bench.ipynb #e69b2a10
 ONCE = """
 import json, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ from sdworker.profiles import Switch
 from sdworker.quality import switched
 
 switch = Switch(*json.loads(sys.argv[1]))
-generate(switched(switch, read_card(EMBEDDED, "embedded")), "a star", n=4, seed=1, **switch.request)
+generate(switched(switch, read_card(EMBEDDED, "embedded")), "a star", n=4, seed=1, **{"steps": 2} | switch.request)
 print(1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]))
 """
 
@@ -58,49 +58,48 @@ def peak_memory(
     done = subprocess.run([sys.executable, "-c", ONCE, given], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
-# %% ../nbs/97_bench.ipynb #d95f2660
+# %% ../nbs/97_bench.ipynb #5e81bbb4
 PROMPT = "a large red star on a blue background"
 
 def timings(
     ours: Engine,
     plain: Engine,
     request: Mapping[str, Any],  # arguments of `generate`, for ours alone
-    turns: int = 5,
-    batches: tuple[int, ...] = (1, 4),  # images in one call
+    turns: Mapping[int, int],  # by images in one call
     **both: Any,  # arguments for both
-) -> dict[str, Any]:  # by batch what `compare` says, seconds of a whole batch
-    "Time two engines in turn."
+) -> dict[str, Any]:  # by images in one call what `compare` says, seconds of a whole batch
+    "Time two engines in turn, which have both drawn before."
     return {str(n): compare(lambda: generate(ours, PROMPT, seed=1, n=n, max_batch=n, **both | request),  # noqa: B023
-                            lambda: generate(plain, PROMPT, seed=1, n=n, max_batch=n, **both), turns)  # noqa: B023
-            for n in batches}
+                            lambda: generate(plain, PROMPT, seed=1, n=n, max_batch=n, **both),  # noqa: B023
+                            repeat, warmup=0) for n, repeat in turns.items()}
 
 def row(
     build: Callable[[], Engine],  # or raises `ModelError` with the reason why it cannot be had
     switch: Switch,
     plain: Engine,
     asked: list[tuple[str, int]],  # prompts and seeds
-    turns: int = 5,
+    plainly: Callable[[], list[tuple[str, Image.Image]]],  # prompts and the plain pipeline's pictures
+    turns: Mapping[int, int],  # by images in one call
 ) -> dict[str, Any]:  # "time" by batch, "psnr", "ssim", "adherence", "loss", "passed"; or "not_used"
     "Measure one switch on a processor."
     try:
         engine = build()
     except ModelError as error:
         return {"not_used": str(error)}
-    drawn = [list(draw_pairs(which, asked, **more)) for which, more in ((engine, switch.request), (plain, {}))]
-    verdict = asdict(held(*drawn, least=switch.least))
+    verdict = asdict(held(list(draw_pairs(engine, asked, 10, **switch.request)), plainly(), least=switch.least))
     return {"time": timings(engine, plain, switch.request, turns), **verdict, "least": switch.least,
             "warning": getattr(engine, "instead", "")}
 
-# %% ../nbs/97_bench.ipynb #8d76c7a0
+# %% ../nbs/97_bench.ipynb #a7223ada
 def steps_curve(
     engine: Engine,
     samplers: tuple[str, ...] = ("euler", "euler_a", "ddim", "dpmpp_2m", "unipc"),
-    steps: tuple[int, ...] = (4, 6, 8, 12, 20),
-    n: int = 20,  # pairs of prompt and seed
+    steps: tuple[int, ...] = (1, 2, 3, 4, 6, 10),
+    n: int = 30,  # pairs of prompt and seed
 ) -> dict[str, dict[str, float]]:  # by sampler and number of steps the share that shows what was asked for
     "How many pictures are right, by sampler and number of steps."
     asked = pairs("gate 2", n)
-    return {sampler: {str(count): adherence(list(draw_pairs(engine, asked, sampler=sampler, steps=count)))["all"]
+    return {sampler: {str(count): adherence(list(draw_pairs(engine, asked, 10, sampler=sampler, steps=count)))["all"]
                       for count in steps} for sampler in samplers}
 
 def batch_curve(
@@ -173,32 +172,37 @@ def run(
     part.unlink(missing_ok=True)
     return {name: done[name] for name in suite}
 
-# %% ../nbs/97_bench.ipynb #59bf9599
+# %% ../nbs/97_bench.ipynb #a9c518bd
 @lru_cache(maxsize=1)
 def _plain() -> Engine:
     return pipeline_for(PLAIN, read_card(EMBEDDED, "embedded"))
 
-def _measured(switch: Switch, asked: list[tuple[str, int]], turns: int) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def _plainly(n: int) -> list[tuple[str, Image.Image]]:
+    return list(draw_pairs(_plain(), pairs("gate 2", n), 10))
+
+def _measured(switch: Switch, n: int, turns: Mapping[int, int]) -> dict[str, Any]:
     "A switch's row, with its memory."
-    found = row(partial(switched, switch, _plain().card), switch, _plain(), asked, turns)
+    found = row(partial(switched, switch, _plain().card), switch, _plain(), pairs("gate 2", n), partial(_plainly, n),
+                turns)
     return found if "not_used" in found else found | {"peak": peak_memory(switch)}
 
-def _profile(name: str, asked: list[tuple[str, int]], turns: int) -> dict[str, Any]:
+def _profile(name: str, n: int, turns: Mapping[int, int]) -> dict[str, Any]:
     "A profile's row; what it asks for and cannot have here is in its `warning`."
     chosen, card = Settings(profile=name, device="cpu"), _plain().card
-    return row(lambda: pipeline_for(chosen, card), Switch(least=20), _plain(), asked, turns)
+    return row(lambda: pipeline_for(chosen, card), Switch(least=25), _plain(), pairs("gate 2", n), partial(_plainly, n),
+               turns)
 
-# %% ../nbs/97_bench.ipynb #9eca674a
+# %% ../nbs/97_bench.ipynb #408e2171
 def cpu_suite(
     n: int = 50,  # pairs of prompt and seed of each row
-    turns: int = 5,
+    turns: Mapping[int, int] = {1: 5, 4: 3},  # of each row, by images in one call
 ) -> dict[str, Callable[[], Any]]:  # by name what measures it
     "All that is measured on a processor."
-    asked = pairs("gate 2", n)
     return {
         "plain": lambda: {"peak": peak_memory(Switch())},
-        **{f"switch {name}": partial(_measured, switch, asked, turns) for name, switch in SWITCHES.items()},
-        **{f"profile {name}": partial(_profile, name, asked, turns) for name in PROFILES if name != "fast"},
+        **{f"switch {name}": partial(_measured, switch, n, turns) for name, switch in SWITCHES.items()},
+        **{f"profile {name}": partial(_profile, name, n, turns) for name in PROFILES if name != "fast"},
         "steps": lambda: steps_curve(_plain()),
         "batch": lambda: batch_curve(_plain()),
         "split": lambda: split(photograph()),
@@ -257,17 +261,17 @@ class _Bed:
         generate(engine, PROMPT, seed=1, n=n, max_batch=n, **self.both | request)
         return engine, torch.cuda.max_memory_allocated() - before if cuda else None
 
-# %% ../nbs/97_bench.ipynb #0c767349
+# %% ../nbs/97_bench.ipynb #607763ed
 def _gpu_row(bed: _Bed, switch: Switch) -> dict[str, Any]:
     "A switch's row on a GPU."
-    batches = (1, 4) if "vae" in switch.settings else (1,)
+    turns = {n: bed.turns for n in ((1, 4) if "vae" in switch.settings else (1,))}
     try:
-        engine, peak = bed.peak(lambda: switched(switch, bed.card, bed.device), batches[-1], switch.request)
+        engine, peak = bed.peak(lambda: switched(switch, bed.card, bed.device), max(turns), switch.request)
     except ModelError as error:
         return {"not_used": str(error)}
     drawn = [generate(which, PROMPT, seed=1, **bed.both | more).pictures[0].image
              for which, more in ((engine, switch.request), (bed.plain(), {}))]
-    return {"time": timings(engine, bed.plain(), switch.request, bed.turns, batches, **bed.both), "peak": peak,
+    return {"time": timings(engine, bed.plain(), switch.request, turns, **bed.both), "peak": peak,
             "psnr": min(psnr(*drawn), 99.0), "least": switch.least}
 
 def _memory(bed: _Bed) -> dict[str, Any]:
@@ -354,7 +358,7 @@ def gpu_suite(
         **{f"switch {name}": partial(_gpu_row, bed, switch) for name, switch in SWITCHES.items() if name != "capsule"},
     }
 
-# %% ../nbs/97_bench.ipynb #564a02e0
+# %% ../nbs/97_bench.ipynb #0943059d
 def bench(
     suite: str = "cpu",  # or "gpu"
     to: Path = Path("results"),  # folder of the record
@@ -367,7 +371,7 @@ def bench(
     name = f"bench-{suite}{'-tiny' * tiny}"
     part, path = to / f".{name}.part.json", to / f"{name}.json"
     if suite == "cpu":
-        found = run(cpu_suite(*(4, 1) * tiny), part, tell=tell)
+        found = run(cpu_suite(*(4, {1: 1, 4: 1}) * tiny), part, tell=tell)
     elif (device := device or "cuda") == "cuda" and not torch.cuda.is_available():
         raise ModelError("the suite for a GPU needs a CUDA device, and torch sees none; `--device cpu --tiny` runs it "
                          "in small.")

@@ -47,7 +47,7 @@ from .samplers import TABLED, make_tables
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# %% ../nbs/25_encapsulate.ipynb #7216132b
+# %% ../nbs/25_encapsulate.ipynb #f642d431
 class Text(torch.nn.Module):
     "All text encoders: token numbers in, what the denoiser wants to know out."
     def __init__(self, pipe: "DiffusionPipeline"):
@@ -78,7 +78,7 @@ class Vae(torch.nn.Module):
         self.vae = pipe.vae
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
-        return (to_pixels(self.vae, latents).contiguous(),)
+        return (to_pixels(self.vae, latents),)
 
 # %% ../nbs/25_encapsulate.ipynb #f2c6dce9
 def inputs_of(

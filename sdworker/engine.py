@@ -196,7 +196,7 @@ def denoise(
         callback_on_step_end_tensor_inputs=halved,
         generator=[torch.Generator().manual_seed(shot.seed) for shot in shots]).images
 
-# %% ../nbs/20_engine.ipynb #b259cc58
+# %% ../nbs/20_engine.ipynb #2ab4cee1
 def to_pixels(
     vae: torch.nn.Module,  # AutoencoderKL
     latents: torch.Tensor,  # as from `denoise`
@@ -214,7 +214,8 @@ def as_bytes(
     pixels: torch.Tensor,  # (n, 3, height, width), -1..1
 ) -> torch.Tensor:  # uint8 (n, height, width, 3)
     "What a decoder makes, as bytes."
-    return pixels.div(2).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    scaled = pixels.div(2).add_(0.5).clamp_(0, 1).mul_(255).round_()  # in place: two thirds of the time
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 @torch.inference_mode()
 def decode(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 
     from sdworker.engine import PipelineEngine
 
-# %% ../nbs/28_profiles.ipynb #356f842d
+# %% ../nbs/28_profiles.ipynb #42472e06
 LOSSLESS = 40  # dB
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ SWITCHES = {
     "attention: xformers": Switch({"attention": "xformers"}),
     "channels last": Switch({"channels_last": True}),
     "VAE sliced": Switch({"vae": "sliced"}),
-    "VAE tiled": Switch({"vae": "tiled"}, least=20),
+    "VAE tiled": Switch({"vae": "tiled"}, least=25),
     "offload: model": Switch({"offload": "model"}),
     "offload: sequential": Switch({"offload": "sequential"}),
-    "bfloat16": Switch({"dtype": "bfloat16"}, least=15),
+    "bfloat16": Switch({"dtype": "bfloat16"}, least=35),
     "capsule": Switch({"engine": "capsule"}),
-    "DPM++ 2M, 12 steps": Switch(request={"sampler": "dpmpp_2m", "steps": 12}, least=15),
-    "guidance to 60 %": Switch(request={"guidance_end": 0.6}, least=15),
+    "DPM++ 2M, 12 steps": Switch(request={"sampler": "dpmpp_2m", "steps": 12}, least=25),
+    "guidance to 60 %": Switch(request={"guidance_end": 0.6}, least=25),
 }
 PLAIN = Settings(engine="pipeline", device="cpu")  # what switches are measured against, on a processor
 

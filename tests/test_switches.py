@@ -1,0 +1,157 @@
+"""Each switch keeps to what it promises of its pictures, does something, and is found out when it is broken."""
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from sdworker.card import EMBEDDED, ModelError, read_card
+from sdworker.embedded import pairs
+from sdworker.engine import generate
+from sdworker.profiles import LOSSLESS, SWITCHES, Switch, for_pipeline_alone
+from sdworker.quality import draw_pairs, held, switched
+from sdworker.settings import Settings
+
+CAPSULES = Path(__file__).parent.parent / "out" / "capsules"
+CARD = read_card(EMBEDDED, "embedded")
+ASKED = pairs("gate 2", 20)
+
+
+@pytest.fixture(autouse=True)
+def capsules():
+    with patch("sdworker.quality.settings", return_value=Settings(capsules=str(CAPSULES))):
+        yield
+
+
+@lru_cache(maxsize=1)
+def plain():
+    return switched(Switch(), CARD)
+
+
+@lru_cache(maxsize=1)
+def plainly():
+    return list(draw_pairs(plain(), ASKED, 10))
+
+
+def verdict(engine, switch):
+    return held(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.least)
+
+
+def built(name):
+    """The engine of a switch; one that this machine cannot have is skipped with the reason."""
+    try:
+        return switched(SWITCHES[name], CARD)
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def state(engine):
+    """What a switch may have changed of an engine."""
+    if not hasattr(engine, "pipe"):
+        return type(engine).__name__
+    pipe = engine.pipe
+    attention = {(type(one).__name__, str(getattr(one, "backend", ""))) for one in pipe.unet.attn_processors.values()}
+    return (attention, pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.dtype, hasattr(pipe.unet, "_hf_hook"),
+            pipe.unet.conv_in.weight.stride())
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_keeps_to_what_it_promises(name):
+    found = verdict(built(name), SWITCHES[name])
+    assert found.passed, found
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_does_something(name):
+    engine, switch = built(name), SWITCHES[name]
+    if switch.settings:
+        assert state(engine) != state(plain())
+        chosen = Settings(**switch.settings)
+        assert for_pipeline_alone(chosen, CARD) or chosen.engine == "capsule" or chosen.dtype != "auto"
+    else:
+        pictures = [generate(plain(), ASKED[0][0], seed=1, **more).pictures[0].image for more in ({}, switch.request)]
+        assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+@pytest.mark.parametrize("name", ["attention: math", "attention: flash"])
+def test_the_gate_finds_attention_that_is_a_tenth_too_weak(name):
+    from diffusers.models import attention_dispatch
+
+    whole = attention_dispatch.dispatch_attention_fn
+    engine = built(name)
+    with patch.object(attention_dispatch, "dispatch_attention_fn", lambda *a, **k: 0.9 * whole(*a, **k)):
+        assert not verdict(engine, SWITCHES[name]).passed
+
+
+def test_the_gate_finds_slices_that_leave_one_out():
+    from diffusers.models.attention_processor import SlicedAttnProcessor
+
+    engine, whole = built("attention: sliced"), SlicedAttnProcessor.__call__
+
+    def one_short(self, attn, hidden_states, *given, **more):
+        made = whole(self, attn, hidden_states, *given, **more).clone()
+        made[:, -1] = 0
+        return made
+    with patch.object(SlicedAttnProcessor, "__call__", one_short):
+        assert not verdict(engine, SWITCHES["attention: sliced"]).passed
+
+
+def test_the_gate_finds_tiles_without_their_seams_blended():
+    engine = built("VAE tiled")
+    with patch.object(engine.pipe.vae, "tile_overlap_factor", 0.0), \
+            patch.object(engine.pipe.vae, "tile_latent_min_size", 4), \
+            patch.object(engine.pipe.vae, "tile_sample_min_size", 16):
+        assert not verdict(engine, SWITCHES["VAE tiled"]).passed
+
+
+def test_the_gate_finds_a_number_format_that_is_too_coarse():
+    engine = built("bfloat16")
+    for parameter in engine.pipe.unet.parameters():
+        scale = parameter.abs().max() / 7
+        parameter.data = (parameter / scale).round() * scale  # four bits
+    assert not verdict(engine, SWITCHES["bfloat16"]).passed
+
+
+def test_the_gate_finds_a_capsule_with_another_number_in_a_table():
+    engine = built("capsule")
+    engine.tables["own rows"] = engine.tables["own rows"] * 1.02
+    assert not verdict(engine, SWITCHES["capsule"]).passed
+
+
+@pytest.mark.parametrize("name, broken", [
+    ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_end": 0})])
+def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
+    switch = SWITCHES[name]
+    found = held(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(), switch.least)
+    assert not found.passed, found
+
+
+def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
+    command = [sys.executable, "-m", "sdworker.cli", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
+               "--to", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert json.loads((tmp_path / "bench-gpu-tiny.json").read_text()) == record
+    rows = record["rows"]
+    assert {"roofline", "memory", "batch", "transformer"} < set(rows)
+    assert rows["roofline"]["operations"] > 1e9
+    measured = {name for name, row in rows.items() if name.startswith("switch ") and "time" in row}
+    assert len(measured) >= 9
+    assert all(rows[name]["psnr"] >= LOSSLESS for name in measured if rows[name]["least"] == LOSSLESS)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in rows["switch attention: xformers"]["not_used"]
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    command = [sys.executable, "-m", "sdworker.cli", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
+               "--to", str(tmp_path), "--minutes", "0.05"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3 and "call again to go on" in done.stderr
+    part = json.loads((tmp_path / ".bench-gpu-tiny.part.json").read_text())
+    assert "roofline" in part["done"] and not (tmp_path / "bench-gpu-tiny.json").exists()
