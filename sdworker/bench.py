@@ -301,7 +301,7 @@ def _roofline(bed: _Bed) -> dict[str, float]:
     return {"operations": flops, "seconds": took, "rate": flops / took, "matmul_rate": rate,
             "share": flops / took / rate}
 
-# %% ../nbs/97_bench.ipynb #e31613b8
+# %% ../nbs/97_bench.ipynb #ebea8866
 _FLUX_TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
               "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
 
@@ -321,6 +321,7 @@ def _flux(device: str, tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dic
                 "pooled_projections": some(1, config.pooled_projection_dim), "txt_ids": some(words, 3)}
     return model, inputs
 
+# %% ../nbs/97_bench.ipynb #268eae8e
 def _transformer(device: str, tiny: bool, turns: int) -> dict[str, Any]:
     "One call of a transformer: operations, rate, and the time of each attention in turn with PyTorch's own."
     model, inputs = _flux(device, tiny)
