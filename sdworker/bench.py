@@ -6,7 +6,7 @@
 __all__ = ['ONCE', 'PROMPT', 'peak_memory', 'timings', 'row', 'steps_curve', 'batch_curve', 'split', 'photograph', 'run',
            'cpu_suite', 'matmul_rate', 'operations', 'gpu_suite', 'bench', 'table', 'unused']
 
-# %% ../nbs/97_bench.ipynb #f0206fe9
+# %% ../nbs/97_bench.ipynb #aee105aa
 import base64
 import json
 import os
@@ -26,15 +26,14 @@ from PIL import Image
 
 from .card import EMBEDDED, ModelError, read_card
 from .embedded import adherence, pairs
-from .engine import Engine, Shape, Shot, as_bytes, generate
+from .engine import Engine, Shape, Shot, as_bytes, bare_components, generate
 from .images import encode
 from .measure import compare, machine, psnr, timed, write_result
 from .memory import Way, needed
-from .profiles import PLAIN, PROFILES, SWITCHES, Switch, pipeline_for
+from .profiles import PROFILES, SWITCHES, Switch, defaults, pipeline_for
 from .proof import sdxl_sized
 from .quality import draw_pairs, held, switched
 from .request import advice, parse_request
-from .settings import Settings
 
 # %% ../nbs/97_bench.ipynb #e69b2a10
 ONCE = """
@@ -113,13 +112,13 @@ def batch_curve(
             for n in batches}
     return {str(n): n / found["median"] for n, found in took.items()}
 
-# %% ../nbs/97_bench.ipynb #73febf29
+# %% ../nbs/97_bench.ipynb #f5aa034a
 def split(
     picture: np.ndarray,  # uint8 (height, width, 3)
     turns: int = 7,
 ) -> dict[str, dict[str, float]]:  # by format: milliseconds of each part, and in all
     "What a job of one image costs besides drawing it, on one core."
-    card, limits, threads = read_card(EMBEDDED, "embedded"), Settings(max_side=4096), torch.get_num_threads()
+    card, limits, threads = read_card(EMBEDDED, "embedded"), defaults(max_side=4096), torch.get_num_threads()
     asked = {"prompt": PROMPT, "width": picture.shape[1], "height": picture.shape[0], "seed": 7}
     decoded = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     image, found = Image.fromarray(picture), {}
@@ -172,10 +171,10 @@ def run(
     part.unlink(missing_ok=True)
     return {name: done[name] for name in suite}
 
-# %% ../nbs/97_bench.ipynb #a9c518bd
+# %% ../nbs/97_bench.ipynb #57d5bc93
 @lru_cache(maxsize=1)
 def _plain() -> Engine:
-    return pipeline_for(PLAIN, read_card(EMBEDDED, "embedded"))
+    return pipeline_for(defaults(), read_card(EMBEDDED, "embedded"))
 
 @lru_cache(maxsize=1)
 def _plainly(n: int) -> list[tuple[str, Image.Image]]:
@@ -189,7 +188,7 @@ def _measured(switch: Switch, n: int, turns: Mapping[int, int]) -> dict[str, Any
 
 def _profile(name: str, n: int, turns: Mapping[int, int]) -> dict[str, Any]:
     "A profile's row; what it asks for and cannot have here is in its `warning`."
-    chosen, card = Settings(profile=name, device="cpu"), _plain().card
+    chosen, card = defaults(**PROFILES[name]), _plain().card
     return row(lambda: pipeline_for(chosen, card), Switch(least=25), _plain(), pairs("gate 2", n), partial(_plainly, n),
                turns)
 
@@ -233,7 +232,7 @@ def operations(
         call()
     return float(counted.get_total_flops())
 
-# %% ../nbs/97_bench.ipynb #3737d2e4
+# %% ../nbs/97_bench.ipynb #165ada75
 class _Bed:
     "What the suite for a GPU runs on: a model, and how it is drawn with."
     def __init__(self, model: Path, device: str, side: int, steps: int, turns: int):
@@ -247,8 +246,7 @@ class _Bed:
     @lru_cache(maxsize=1)  # noqa: B019
     def parts(self) -> dict[str, torch.nn.Module]:
         "The components without their numbers."
-        pipe = pipeline_for(PLAIN, self.card, "cpu", self.plain().dtype).pipe
-        return {name: part.to("meta") for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        return {name: part.to(getattr(torch, self.plain().dtype)) for name, part in bare_components(self.card).items()}
 
     def peak(self, build: Callable[[], Engine], n: int, request: Mapping[str, Any]) -> tuple[Engine, float | None]:
         "Load, draw, and the bytes that this took on the GPU beyond what was there before."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'LONGEST', 'LOSS', 'draw_pairs', 'gate', 'ssim', 'Held', 'held', 'switched', 'main']
 
-# %% ../nbs/90_quality.ipynb #dcb38265
+# %% ../nbs/90_quality.ipynb #9edd5589
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .engine import Engine, generate
 from .images import save
 from .load import initialize_model, place
 from .measure import psnr, timed, write_result
-from .profiles import PLAIN, Switch, pipeline_for
+from .profiles import Switch, defaults, pipeline_for
 from .settings import settings
 
 # %% ../nbs/90_quality.ipynb #2817b6c2
@@ -93,14 +93,14 @@ def held(
     loss = adherence(list(plain))["all"] - right
     return Held(distance, min(ssim(*pair) for pair in both), right, loss, distance >= least and loss <= LOSS + 1e-9)
 
-# %% ../nbs/90_quality.ipynb #5395dba9
+# %% ../nbs/90_quality.ipynb #e338ad65
 def switched(
     switch: Switch,
     card: ModelCard,
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Engine:
     "An engine with a switch on, or `ModelError` with the reason why that cannot be had here."
-    chosen = PLAIN.model_copy(update={"device": device, **switch.settings})
+    chosen = defaults(**{"engine": "pipeline", "device": device} | dict(switch.settings))
     device, dtype = place(chosen)
     if chosen.engine == "capsule":
         from sdworker.capsule import CapsuleEngine, find_capsule

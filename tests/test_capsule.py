@@ -206,7 +206,7 @@ def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(capsule):
     sides = [(w, h) for w, h in product((0, 8, 24, 31, 33, 100, 2056, 4096), repeat=2)][:40]
     wrong = [{"width": w, "height": h} for w, h in sides]
     wrong += [{"num_inference_steps": steps} for steps in (0, -1, 101, 1000, "many")]
-    wrong += [{"scheduler": name} for name in ("heun", "EULER", "unipc")]
+    wrong += [{"scheduler": name} for name in ("heun", "SPEED", "unipc")]
     wrong += [{"num_images": n} for n in (0, -1, 1000)] + [{"guidance_scale": -1}, {"seed": -1}, {"width": "wide"}]
     assert len(wrong) >= 50
     jobs = [job("", **fields)["input"] for fields in [*wrong, {}]]

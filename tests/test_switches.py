@@ -13,9 +13,8 @@ import torch
 from sdworker.card import EMBEDDED, ModelError, read_card
 from sdworker.embedded import pairs
 from sdworker.engine import generate
-from sdworker.profiles import LOSSLESS, SWITCHES, Switch, for_pipeline_alone
+from sdworker.profiles import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
 from sdworker.quality import draw_pairs, held, switched
-from sdworker.settings import Settings
 
 CAPSULES = Path(__file__).parent.parent / "out" / "capsules"
 CARD = read_card(EMBEDDED, "embedded")
@@ -24,7 +23,7 @@ ASKED = pairs("gate 2", 20)
 
 @pytest.fixture(autouse=True)
 def capsules():
-    with patch("sdworker.quality.settings", return_value=Settings(capsules=str(CAPSULES))):
+    with patch("sdworker.quality.settings", return_value=defaults(capsules=str(CAPSULES))):
         yield
 
 
@@ -71,7 +70,7 @@ def test_a_switch_does_something(name):
     engine, switch = built(name), SWITCHES[name]
     if switch.settings:
         assert state(engine) != state(plain())
-        chosen = Settings(**switch.settings)
+        chosen = defaults(**switch.settings)
         assert for_pipeline_alone(chosen, CARD) or chosen.engine == "capsule" or chosen.dtype != "auto"
     else:
         pictures = [generate(plain(), ASKED[0][0], seed=1, **more).pictures[0].image for more in ({}, switch.request)]
