@@ -364,7 +364,7 @@ def study(
     return {"load": about, "goal": goal, "setting": own, "grid": reports, "front": front([*reports, own], name),
             "recommendation": best, "ratio": best["cost_day"] / own["cost_day"] if best else None}
 
-# %% ../nbs/53_plan.ipynb #3c1b0472
+# %% ../nbs/53_plan.ipynb #6626a2f9
 def plot(
     found: dict[str, Any],  # from `study`
     path: Path,  # .png or .svg
@@ -382,8 +382,7 @@ def plot(
                       markersize={"*": 16, "D": 9}.get(style, 5))
     if found["goal"]:
         axes.axhline(parse_goal(found["goal"])[1], color="#444444", linestyle=":", label=found["goal"])
-    axes.set(xlabel="USD a day", ylabel=f"{name.replace('_', ' ')}, seconds",
-             xscale="log", yscale="symlog", ylim=(0, None))
+    axes.set(xlabel="USD a day", ylabel=f"{name.replace('_', ' ')}, seconds", xlim=(0, None), ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
