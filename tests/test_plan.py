@@ -35,5 +35,6 @@ def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
     print(f"{time.perf_counter() - begun:.0f} s")
     assert found["recommendation"]["wait_p95"] < 30 and found["ratio"] < 0.6 and len(found["grid"]) == 60
     record = json.loads((Path(__file__).parent.parent / "results" / "plan-trace.json").read_text())
-    assert found["recommendation"] == record["recommendation"], "the same as was recorded"
+    for name, value in record["recommendation"].items():
+        assert found["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
     assert not broken_rule(simulate(Endpoint(), read_trace(TRACE)))
