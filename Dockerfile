@@ -45,7 +45,7 @@ RUN --mount=type=cache,target=/build/pip \
     && python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
 
 # Every notebook, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
-# test_gate, which draws for minutes on a CPU, test_hub_json, which looks at another file, and test_image itself.
+# test_gate, which draws for minutes on a CPU, and test_image itself.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=

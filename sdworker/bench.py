@@ -6,10 +6,9 @@
 __all__ = ['ONCE', 'PROMPT', 'peak_memory', 'timings', 'row', 'steps_curve', 'batch_curve', 'split', 'photograph', 'run',
            'cpu_suite', 'matmul_rate', 'operations', 'gpu_suite', 'bench', 'table', 'unused']
 
-# %% ../nbs/97_bench.ipynb #aee105aa
+# %% ../nbs/97_bench.ipynb #c101bd80
 import base64
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from PIL import Image
 from .card import EMBEDDED, ModelError, read_card
 from .embedded import adherence, pairs
 from .engine import Engine, Shape, Shot, as_bytes, bare_components, generate
+from .files import write_file
 from .images import encode
 from .measure import compare, machine, psnr, timed, write_result
 from .memory import Way, needed
@@ -146,7 +146,7 @@ def photograph(
     smooth = np.linspace(0, 200, side)[:, None, None] + np.linspace(0, 40, side)[None, :, None]
     return (smooth + np.random.default_rng(0).normal(0, 2, (side, side, 3))).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/97_bench.ipynb #0167dcc7
+# %% ../nbs/97_bench.ipynb #c5367dd9
 def run(
     suite: Mapping[str, Callable[[], Any]],
     part: Path,  # JSON of what is done; removed at the end
@@ -164,10 +164,7 @@ def run(
         if time.perf_counter() - begun > 60 * minutes:
             return None
         done[name] = measure()
-        part.parent.mkdir(parents=True, exist_ok=True)
-        beside = part.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({"machine": here, "done": done}), encoding="utf-8")
-        beside.replace(part)
+        write_file(part, json.dumps({"machine": here, "done": done}).encode())
     part.unlink(missing_ok=True)
     return {name: done[name] for name in suite}
 

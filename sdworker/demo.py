@@ -6,7 +6,7 @@
 __all__ = ['STAR', 'REQUESTS', 'PAGE', 'free_port', 'serving', 'Outcome', 'send', 'verdicts', 'good', 'keep', 'table', 'demo',
            'main']
 
-# %% ../nbs/49_demo.ipynb #603887c5
+# %% ../nbs/49_demo.ipynb #623fb6f6
 import html
 import os
 import socket
@@ -26,8 +26,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from .client import Client, ClientError
 from .embedded import contact_sheet, judge
-from .images import from_data_uri, save
+from .images import save
 
 # %% ../nbs/49_demo.ipynb #d11ac1bb
 def free_port() -> int:
@@ -49,11 +50,11 @@ def _wait(worker: subprocess.Popen, url: str, seconds: float, log: Path) -> None
             time.sleep(0.1)
     raise RuntimeError(f"the worker did not answer within {seconds:.0f} s:\n{log.read_text()[-2000:]}")
 
-# %% ../nbs/49_demo.ipynb #c50c249b
+# %% ../nbs/49_demo.ipynb #23684ee6
 @contextmanager
 def serving(
     seconds: float = 120,  # how long it may take to come up
-) -> Iterator[httpx.Client]:  # of its local API
+) -> Iterator[str]:  # the address of its local API
     "Run `sdworker serve` with default settings on a free port, and stop it at the end."
     port = free_port()
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SDWORKER_", "RUNPOD_"))}
@@ -65,8 +66,7 @@ def serving(
                                       env=plain, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             _wait(worker, url, seconds, log)
-            with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
-                yield client
+            yield url
         finally:
             worker.terminate()
             try:
@@ -87,7 +87,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "a mistake": {"prompt": STAR, "width": 100},
 }
 
-# %% ../nbs/49_demo.ipynb #daa5d04c
+# %% ../nbs/49_demo.ipynb #c890a575
 @dataclass
 class Outcome:
     "What one request led to."
@@ -99,26 +99,21 @@ class Outcome:
     error: str = ""  # the sentence, if it was refused
 
 def send(
-    client: httpx.Client,
+    client: Client,
     name: str,  # a key of `REQUESTS`
 ) -> Outcome:
     "Send one request and unpack the answer."
     asked, start = REQUESTS[name], time.perf_counter()
     try:
-        if name == "over /run and /status":
-            job = client.post("/run", json={"input": asked}).raise_for_status().json()["id"]
-            answer = client.post(f"/status/{job}").raise_for_status().json()
-        else:
-            answer = client.post("/runsync", json={"input": asked}).raise_for_status().json()
-    except httpx.HTTPError as error:
-        answer = {"error": f"no answer: {error}"}
-    outcome = Outcome(name, time.perf_counter() - start, error=answer.get("error") or "")
-    if not outcome.error:
-        output = answer["output"]
+        late = name == "over /run and /status"
+        job = client.wait(client.run(asked).id) if late else client.runsync(asked)
+    except ClientError as error:
+        return Outcome(name, time.perf_counter() - start, error=str(error))
+    outcome = Outcome(name, time.perf_counter() - start, error=job.error)
+    if not job.error:
         texts = [asked["prompt"]] if isinstance(asked["prompt"], str) else asked["prompt"]
-        outcome.images = [from_data_uri(text) for text in output["images"]]
+        outcome.images, outcome.seeds = job.images, job.output["seeds"]
         outcome.prompts = [text for text in texts for _ in range(asked.get("num_images", 1))]
-        outcome.seeds = output["seeds"]
     return outcome
 
 # %% ../nbs/49_demo.ipynb #a76c7ee5
@@ -193,13 +188,13 @@ def table(outcomes: list[Outcome]) -> Table:
             shown.add_row(name, prompt, str(seed), verdict, seconds)
     return shown
 
-# %% ../nbs/49_demo.ipynb #39fda12f
+# %% ../nbs/49_demo.ipynb #dc1fea24
 def demo(
     folder: Path,  # for pictures and page
 ) -> bool:  # whether all went as it should
     "Start a worker, send it the requests, keep and judge what comes back."
     console = Console()
-    with console.status("starting the worker") as status, serving() as client:
+    with console.status("starting the worker") as status, serving() as url, Client(url) as client:
         outcomes = []
         for name in REQUESTS:
             status.update(f"sending: {name}")

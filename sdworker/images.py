@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['FORMATS', 'encode', 'data_uri', 'from_data_uri', 'save']
 
-# %% ../nbs/42_images.ipynb #305d6d56
+# %% ../nbs/42_images.ipynb #97227d73
 import base64
 import binascii
 import io
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from .files import write_file
 
 # %% ../nbs/42_images.ipynb #ba9666ae
 FORMATS: dict[str, dict[str, Any]] = {
@@ -58,16 +59,11 @@ def from_data_uri(
         raise ValueError(f"the data URI holds no readable image: {error}.") from None
     return image
 
-# %% ../nbs/42_images.ipynb #f2a2eb8d
+# %% ../nbs/42_images.ipynb #f933f56e
 def save(
     image: Image.Image,
     path: Path,  # .png, .jpeg or .webp; its folder is made
     quality: int | None = None,  # as in `encode`
 ) -> Path:  # the same
     "Write a picture to a file."
-    content = encode(image, path.suffix[1:], quality)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
-    return path
+    return write_file(path, encode(image, path.suffix[1:], quality))

@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or it reads what
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-# %% ../nbs/01_settings.ipynb #12a6406e
+# %% ../nbs/01_settings.ipynb #c55f3319
 PREFIX = "SDWORKER_"
 
 class _Weights(BaseSettings):
@@ -36,21 +36,33 @@ class _Weights(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the weights; `auto` is `float16` on `cuda`, `float32` on `cpu`")
 
-    @field_validator("revision", mode="before")
-    @classmethod
-    def _none(cls, given: str | None) -> str | None:
-        return given or None  # an empty variable is how a container says that there is none
+# %% ../nbs/01_settings.ipynb #c6b5aa3f
+class _Told(_Weights):
+    "What the log says, and who else is told."
+    log: Literal["text", "json"] = Field("text", description=(
+        "Lines of the log: as people read them, or JSON objects with each job's times and the GPU's state"))
+    log_every: int = Field(100, ge=0, le=1_000_000, description="Jobs after which a line sums them up; 0: never")
+    log_prompts: bool = Field(False, description="Write prompts into the log")
+    metrics: str = Field("", description=(
+        "Where Prometheus may ask: a port of this machine alone, such as `9100`, or `0.0.0.0:9100`; empty: nowhere"))
 
-# %% ../nbs/01_settings.ipynb #63148bd5
+    @field_validator("metrics")
+    @classmethod
+    def _address(cls, given: str) -> str:
+        if given and not (given.rpartition(":")[2].isdecimal() and 0 < int(given.rpartition(":")[2]) < 65536):
+            raise ValueError("should be a port, such as 9100, or an address, such as 0.0.0.0:9100")
+        return given
+
+# %% ../nbs/01_settings.ipynb #243195af
 PROFILES = {  # what the settings are in a profile, unless they are set themselves
     "fast": {},
     "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
     "lowmem": {"engine": "pipeline", "vae": "tiled", "offload": "model", "max_batch": 1},
 }
 
-class Settings(_Weights):
+class Settings(_Told):
     "What can be set; each field `x` is the environment variable `SDWORKER_X`."
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     profile: Literal["fast", "guide", "lowmem"] = Field(
         "fast", description="What the other settings are unless they are set")
@@ -74,7 +86,6 @@ class Settings(_Weights):
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
     max_side: int = Field(1536, ge=64, le=8192, description="Largest width or height, pixels")
     max_prompt: int = Field(2000, ge=1, le=100_000, description="Longest prompt, characters")
-    log_prompts: bool = Field(False, description="Write prompts into the log")
 
     @model_validator(mode="before")
     @classmethod

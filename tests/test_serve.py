@@ -18,7 +18,7 @@ PROMPT = "a large red star on a blue background"
 
 @pytest.fixture(scope="module")
 def client():
-    with serving() as client:
+    with serving() as url, httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         yield client
 
 
