@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'T', 'Steps', 'RUNPOD', 'KEY', 'Job', 'job_of', 'Call', 'pause', 'ClientError', 'ask', 'carry_out',
-           'connection', 'Client', 'carry_out_async', 'AsyncClient']
+           'key_header', 'connection', 'Client', 'carry_out_async', 'AsyncClient']
 
 # %% ../nbs/48_client.ipynb #eeda8a25
 import asyncio
@@ -65,7 +65,7 @@ def job_of(
             for name in ("delayTime", "executionTime")]
     return Job(said.get("id", ""), said.get("status", ""), output, str(error), *took)
 
-# %% ../nbs/48_client.ipynb #dca02ede
+# %% ../nbs/48_client.ipynb #94a922c2
 @dataclass(frozen=True)
 class Call:
     "A request to be sent."
@@ -85,11 +85,11 @@ def pause(
         if answer.status_code == 429:
             told = answer.headers.get("Retry-After", "")
             return float(told) if told.isdecimal() else grown
-        return grown if answer.status_code in (502, 503, 504) and call.method == "GET" else None
+        return grown if answer.status_code >= 500 and call.method != "POST" else None
     unsent = isinstance(answer, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-    return grown if unsent or call.method == "GET" else None
+    return grown if unsent or call.method != "POST" else None
 
-# %% ../nbs/48_client.ipynb #16c9f431
+# %% ../nbs/48_client.ipynb #e1170956
 class ClientError(RuntimeError):
     "An endpoint that did not do what it was asked; the message is for the caller."
     def __init__(self, message: str, status: int | None = None):
@@ -101,7 +101,7 @@ Steps = Generator[Call | float, Any, T]  # yields what is to be done, returns wh
 
 def ask(
     call: Call,
-    tries: int = 6,
+    tries: int = 4,
 ) -> Steps[Any]:  # what the answer's JSON says; None: nothing
     "Send a call until there is an answer, or raise `ClientError`."
     for turn in count():
@@ -178,23 +178,29 @@ def _pieces(job: str, method: str) -> Steps[tuple[list[Any], bool]]:
         raise ClientError(f"job {job} gives no pieces: {said['error']}.")
     return [piece.get("output") for piece in said.get("stream", [])], said.get("status") in FINAL
 
-# %% ../nbs/48_client.ipynb #47118e0c
+# %% ../nbs/48_client.ipynb #e06559ae
 RUNPOD = "https://api.runpod.ai/v2"
 KEY = "RUNPOD_API_KEY"  # the variable that holds the key
 
-def connection(
-    endpoint: str,  # its id, or the address of a local API
+def key_header(
     key: str | None = None,  # default: what `KEY` holds
-) -> dict[str, Any]:  # for httpx
-    "Where an endpoint is, and who asks; `ClientError` without a key."
-    if endpoint.startswith(("http://", "https://")):
-        return {"base_url": endpoint, "trust_env": False}  # a proxy cannot reach this machine's loopback
+) -> dict[str, str]:
+    "Who asks; `ClientError` without a key."
     key = key or os.environ.get(KEY, "")
     if not key:
         raise ClientError(f"{KEY} is not set; RunPod's console makes one, under Settings.")
     if not key.isascii() or not key.isprintable():
         raise ClientError(f"{KEY} holds something that is no key; copy it once more.")
-    return {"base_url": f"{RUNPOD}/{quote(endpoint, safe='')}", "headers": {"Authorization": f"Bearer {key}"}}
+    return {"Authorization": f"Bearer {key}"}
+
+def connection(
+    endpoint: str,  # its id, or the address of a local API
+    key: str | None = None,  # as in `key_header`
+) -> dict[str, Any]:  # for httpx
+    "Where an endpoint is, and who asks; `ClientError` without a key."
+    if endpoint.startswith(("http://", "https://")):
+        return {"base_url": endpoint, "trust_env": False}  # a proxy cannot reach this machine's loopback
+    return {"base_url": f"{RUNPOD}/{quote(endpoint, safe='')}", "headers": key_header(key)}
 
 # %% ../nbs/48_client.ipynb #248dd429
 class _Endpoint:
