@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'respond', 'handler', 'start', 'serve']
 
-# %% ../nbs/45_handler.ipynb #b7884f00
+# %% ../nbs/45_handler.ipynb #fe17516a
 import logging
 import os
 import sys
@@ -21,6 +21,7 @@ from .images import data_uri
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
 from .load import begin_loading, initialize_model, make_capsule_behind, model_card
+from .monitor import note, observe, set_up_log
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
 from .weights import prefetch
@@ -53,7 +54,7 @@ def respond(
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
-# %% ../nbs/45_handler.ipynb #d03c7bd8
+# %% ../nbs/45_handler.ipynb #e819af5b
 def handler(
     job: dict[str, Any],  # as the SDK gives it: "id" and "input"
 ) -> dict[str, Any]:  # the response, or {"error": text}
@@ -62,20 +63,19 @@ def handler(
     try:
         answer = respond(given)
     except (RequestError, Unsuited) as error:
-        log.info("job %s refused: %s", name, error)
+        note(name, "refused", time.perf_counter() - start, said=str(error))
         return {"error": str(error)}
     except ModelError as error:
-        log.error("job %s failed: %s", name, error)
+        note(name, "failed", time.perf_counter() - start, said=str(error))
         return {"error": str(error)} | ({"refresh_worker": True} if error.lasting else {})
     except Exception as error:
-        log.exception("job %s failed", name)
+        note(name, "failed", time.perf_counter() - start, exc_info=True)
         return {"error": f"the worker failed with {type(error).__name__}; its log has the details. Other jobs go on."}
     answer["timings"]["total"] = round(time.perf_counter() - start, 4)
-    said = f": {given['prompt']!r}" if settings().log_prompts else ""
-    log.info("job %s: %d image(s) in %.2f s%s", name, len(answer["images"]), answer["timings"]["total"], said)
+    note(name, "drawn", answer["timings"]["total"], answer, repr(given["prompt"]) if settings().log_prompts else "")
     return answer
 
-# %% ../nbs/45_handler.ipynb #c48ee689
+# %% ../nbs/45_handler.ipynb #968a33e5
 def _queue_options() -> dict[str, Any]:
     "What the SDK is given beside the handler in production."
     begin = {"background": begin_loading, "eager": lambda: initialize_model(warm=True), "lazy": lambda: None}
@@ -91,12 +91,13 @@ def _queue_options() -> dict[str, Any]:
         "Leave the concurrency as it is; the first call is the moment after the fork."
         if not begun:
             LEDGER.lap("SDK start")
+            observe(settings())
             begun.append(begin[settings().load]())
         return now
     options |= {"handler": answer, "concurrency_modifier": concurrency}
     return options
 
-# %% ../nbs/45_handler.ipynb #7064fcf6
+# %% ../nbs/45_handler.ipynb #d04461e9
 def _look_ahead(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
     card = None
@@ -113,11 +114,10 @@ def _look_ahead(queue: bool) -> int:
 
 def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    chosen = settings()
+    set_up_log(chosen.log)
     for moved in usable_caches():
         log.warning(moved)
-    chosen = settings()
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
     check = own_checks(chosen.device, weights) if queue else None
     LEDGER.lap("worker")
@@ -129,8 +129,10 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     LEDGER.lap("runpod")
     if check:
         sdk.serverless.register_fitness_check(check)
-    if chosen.load == "background" and not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, no fork
-        begin_loading()
+    if not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, so no fork
+        observe(chosen)
+        if chosen.load == "background":
+            begin_loading()
     sys.argv = [sys.argv[0], *arguments]
     sdk.serverless.start(options)
     if options.get("refresh_worker"):

@@ -25,7 +25,7 @@ def process_age() -> float:
     except (OSError, AttributeError, ValueError, IndexError):
         return 0.0
 
-# %% ../nbs/30_ledger.ipynb #15c3123b
+# %% ../nbs/30_ledger.ipynb #15689600
 class Ledger:
     "Rows of a start, in order; each ends where the next begins."
     def __init__(self, age: float = 0.0):  # seconds that have passed already: the interpreter's
@@ -50,7 +50,7 @@ class Ledger:
             self.closed = True
         kept = {name: round(seconds, 3) for name, seconds in self.rows.items() if seconds >= 0.0005}
         kept["total"] = round(self._last - self.began, 3)
-        log.info("cold start %s", json.dumps(kept))
+        log.info("cold start %s", json.dumps(kept), extra={"figures": {"event": "cold start", "rows": kept}})
         log.info("cold start\n%s", table(kept))
         return kept
 
