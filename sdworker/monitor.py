@@ -70,7 +70,7 @@ def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "u
         return {}
     return {"memory": memory.used, "memory_total": memory.total, "utilisation": rates.gpu / 100}
 
-# %% ../nbs/43_monitor.ipynb #f507bc5c
+# %% ../nbs/43_monitor.ipynb #99a1caa7
 @dataclass
 class Tally:
     "Jobs since the last sum."
@@ -93,7 +93,8 @@ class Tally:
         jobs, worked, took = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
         shares = {stage: round(seconds / worked, 3) for stage, seconds in self.stages.items()} if worked else {}
         return {**self.outcomes, "images": self.images, "median": round(jobs[len(jobs) // 2], 3),
-                "slowest": round(jobs[-1], 3), "busy": round(min(worked / took, 1.0), 3) if took else 0.0, "shares": shares}
+                "slowest": round(jobs[-1], 3), "busy": round(min(worked / took, 1.0), 3) if took else 0.0,
+                "shares": shares}
 
 STAGES = ("encode", "denoise", "decode", "encode_image")  # of a job, in their order
 

@@ -92,7 +92,7 @@ def _moment(text: str, path: Path, line: int) -> float:
             continue
     raise PlanError(f"line {line} of {path.name}: {text!r} is neither seconds nor a date.")
 
-# %% ../nbs/53_plan.ipynb #b5f8af58
+# %% ../nbs/53_plan.ipynb #ca656bef
 PRICES = {  # USD a second of a flex worker: docs.runpod.io/serverless/pricing, August 2026
     "A4000": 0.00016, "L4": 0.00019, "A5000": 0.00019, "3090": 0.00019, "4090": 0.00031, "A6000": 0.00034,
     "L40S": 0.00053, "A100": 0.00076, "H100": 0.00116, "H200": 0.00155, "B200": 0.00240}
@@ -117,6 +117,7 @@ class Endpoint:
     spread: float = 0.3  # of cold starts: sigma of their logarithm
     flashboot: float = 0.0  # 0..1: share of starts that FlashBoot shortens; an assumption
     flash: float = 2.0  # seconds of such a start
+    turn: float = 1.0  # seconds between the SDK's looks for a job, where it takes one at a time
     price: float = PRICES["4090"]  # USD a second
     discount: float = 0.0  # 0..1, of always-on workers
 
@@ -126,6 +127,10 @@ class Endpoint:
                             "max.")
         if not 0 <= self.flashboot <= 1 or self.idle < 0 or self.cold < 0:
             raise PlanError("flashboot should be from 0 to 1, idle and cold not below 0.")
+
+    def pause(self, seconds: float) -> float:
+        "Seconds after a request until its worker looks for the next; `seconds` is how long it took."
+        return self.turn if seconds >= self.turn else self.turn - seconds
 
 # %% ../nbs/53_plan.ipynb #900dbc37
 @dataclass
@@ -160,10 +165,10 @@ class _Run:
         self.workers.append(worker := Worker(self.env.now, active, boot))
         self.env.process(self.work(worker))
 
-# %% ../nbs/53_plan.ipynb #a592cec0
+# %% ../nbs/53_plan.ipynb #dc14120d
 def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
     "A worker's life."
-    env, queue, seconds, fresh = self.env, self.queue, self.load.seconds, not worker.active
+    env, queue, seconds, fresh, pause = self.env, self.queue, self.load.seconds, not worker.active, 0.0
     yield env.timeout(worker.boot)
     while True:
         while queue:
@@ -173,9 +178,11 @@ def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
             yield env.timeout(seconds[job])
             self.busy -= 1
             worker.busy += seconds[job]
+            yield env.timeout(pause := self.endpoint.pause(seconds[job]))
         self.idle.append(wake := env.event())
         if not worker.active:
-            env.timeout(self.endpoint.idle).callbacks.append(lambda _, wake=wake: wake.triggered or wake.succeed(True))
+            left = max(self.endpoint.idle - pause, 0.0)
+            env.timeout(left).callbacks.append(lambda _, wake=wake: wake.triggered or wake.succeed(True))
         if (yield wake):
             break
     with suppress(ValueError):

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from sdworker.plan import Endpoint, broken_rule, erlang_wait, poisson, read_trace, simulate
+from sdworker.replay import replay
 
 TRACE = Path(os.environ.get("SDWORKER_DATA", ""), "gentd26-sd-requests-2024-11.csv.gz")
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (2, 1.2), (4, 2.8), (8, 6.0)])
 def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
-    waits = [simulate(Endpoint(workers, workers), poisson(86400, seconds, days=5, seed=seed)).wait.mean()
+    waits = [simulate(Endpoint(workers, workers, turn=0), poisson(86400, seconds, days=5, seed=seed)).wait.mean()
              for seed in range(4)]
     assert abs(sum(waits) / 4 / erlang_wait(workers, 1, seconds) - 1) < 0.02
 
@@ -38,3 +39,9 @@ def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
     for name, value in record["recommendation"].items():
         assert found["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
     assert not broken_rule(simulate(Endpoint(), read_trace(TRACE)))
+
+
+@pytest.mark.timeout(600)
+def test_two_real_workers_take_as_long_as_the_simulated_ones():
+    found = replay(200)
+    assert abs(found["ratio"] - 1) < 0.15, {name: found[name] for name in ("real", "simulated")}
