@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'respond', 'handler', 'start', 'serve']
 
-# %% ../nbs/45_handler.ipynb #fe17516a
+# %% ../nbs/45_handler.ipynb #e9be984a
 import logging
 import os
 import sys
@@ -15,8 +15,8 @@ from typing import Any
 
 from .cache import usable_caches
 from .card import ModelError, Unsuited
+from .doctor import at_start
 from .files import numbers, weight_files
-from .fitness import own_checks
 from .images import data_uri
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
@@ -97,7 +97,7 @@ def _queue_options() -> dict[str, Any]:
     options |= {"handler": answer, "concurrency_modifier": concurrency}
     return options
 
-# %% ../nbs/45_handler.ipynb #d04461e9
+# %% ../nbs/45_handler.ipynb #593f42cb
 def _look_ahead(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
     card = None
@@ -119,7 +119,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     for moved in usable_caches():
         log.warning(moved)
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
-    check = own_checks(chosen.device, weights) if queue else None
+    check = at_start(chosen, weights, log.warning) if queue else None
     LEDGER.lap("worker")
     if chosen.load == "eager" and not queue:
         initialize_model(warm=True)

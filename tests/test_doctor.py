@@ -1,0 +1,159 @@
+"""Faults planted one at a time, each found by `sdworker doctor`; and the rows of trouble that the guide has."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from sdworker.bake import bake, set_writable
+from sdworker.card import EMBEDDED
+from sdworker.loopback import work
+from sdworker.modelhub import Hub
+
+OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+JOB = {"id": "job", "input": {"prompt": "a red star", "num_inference_steps": 2}}
+HERE = {"RUNPOD_WEBHOOK_GET_JOB": "", "RUNPOD_API_KEY": "", "BUCKET_ENDPOINT_URL": ""}
+DISK = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')({free})\n"
+CARD = """
+import sys, torch, types
+torch.version.cuda = "12.8"
+sys.modules["pynvml"] = types.SimpleNamespace(
+    nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda k: k, nvmlDeviceGetName=lambda handle: "a card",
+    nvmlSystemGetDriverVersion=lambda: "535.1", nvmlSystemGetCudaDriverVersion=lambda: {cuda},
+    nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(free={free}, total=24e9),
+    nvmlDeviceGetCudaComputeCapability=lambda handle: {capability})
+"""
+
+
+def call(plant: str, folder: Path, **variables: str) -> tuple[int, dict[str, dict]]:
+    """The exit code, and the findings by name."""
+    code = f"{plant}\nfrom sdworker.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, **HERE, **variables})
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+
+
+def test_a_healthy_machine_without_a_gpu_has_warnings_and_no_failures(tmp_path):
+    code, findings = call("", tmp_path)
+    states = [one["state"] for one in findings.values()]
+    assert code == 0 and "fail" not in states and "warn" in states and len(findings) == 18
+    assert all(one["remedy"] for one in findings.values() if one["state"] != "pass")
+
+
+CLOSED = {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:9/", "BUCKET_ACCESS_KEY_ID": "x", "BUCKET_SECRET_ACCESS_KEY": "y"}
+FAULTS = {
+    "a name misspelt": ("settings", "fail", "did you mean SDWORKER_MODEL?", "", {"SDWORKER_MODLE": "embedded"}),
+    "a full disk": ("disk", "warn", "0.1 GB free", DISK.format(free=1e8), {}),
+    "a cache that cannot be written": ("caches", "warn", "cannot be written", "", {"TORCH_HOME": "/proc/nowhere"}),
+    "no model, and none may be fetched": ("weights", "fail", "was not found", "",
+                                          {"SDWORKER_MODEL": "owner/name", "SDWORKER_OFFLINE": "1"}),
+    "plain requests over the limit": ("sizes", "fail", "plain requests would be refused", "",
+                                      {"SDWORKER_MAX_STEPS": "5"}),
+    "no GPU where one is wanted": ("device", "fail", "there is no GPU", "", {"SDWORKER_DEVICE": "cuda"}),
+    "an old driver": ("driver", "fail", "knows CUDA 11.4",
+                      CARD.format(cuda=11040, free=24e9, capability=(8, 9)), {}),
+    "an old card": ("capability", "fail", "compute capability 6.1",
+                    CARD.format(cuda=12080, free=24e9, capability=(6, 1)), {"SDWORKER_PROFILE": "guide"}),
+    "a card that is full": ("memory", "fail", "0.01 GB are free",
+                            CARD.format(cuda=12080, free=6e6, capability=(8, 9)), {}),
+    "xformers without a card": ("attention", "warn", "not used: no CUDA device", "", {"SDWORKER_PROFILE": "guide"}),
+    "no bytecode": ("bytecode", "warn", "have no bytecode", "", {"PYTHONDONTWRITEBYTECODE": "1",
+                                                                 "PYTHONPYCACHEPREFIX": "/nowhere"}),
+    "a load that begins with the first job": ("start", "warn", "waits for the whole load", "",
+                                              {"SDWORKER_LOAD": "lazy"}),
+    "a capsule that is not there": ("capsule", "fail", "there is none", "", {"SDWORKER_ENGINE": "capsule"}),
+    "half a queue": ("queue", "fail", "RUNPOD_WEBHOOK_POST_OUTPUT is not set", "",
+                     {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/take"}),
+    "half a bucket": ("bucket", "fail", "BUCKET_ACCESS_KEY_ID is not set", "",
+                      {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:9/"}),
+    "a bucket that is not reached": ("bucket", "fail", "127.0.0.1 does not answer", "", CLOSED),
+    "answers that are too large": ("payload", "warn", "not even one of them", "", {"SDWORKER_MAX_SIDE": "8192"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, tmp_path):
+    name, state, said, plant, variables = FAULTS[fault]
+    code, findings = call(plant, tmp_path, **variables)
+    assert findings[name]["state"] == state and said in findings[name]["found"], findings[name]
+    assert findings[name]["remedy"] and code == (1 if state == "fail" else 0)
+
+
+def test_a_byte_that_has_changed_is_found(tmp_path):
+    model = tmp_path / "model"
+    bake(str(EMBEDDED), model, None, "")
+    set_writable(model, True)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, findings = call("", tmp_path, SDWORKER_MODEL=str(model))
+    assert code == 1 and str(weights) in findings["weights"]["found"], findings["weights"]
+
+
+def test_a_clock_that_is_wrong_is_found(tmp_path):
+    class Bucket(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response_only(403)
+            self.send_header("Date", "Sun, 01 Nov 2020 10:00:00 GMT")
+            self.end_headers()
+
+        def log_message(self, *about: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Bucket) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code, findings = call("", tmp_path, **CLOSED | {
+            "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}/"})
+        server.shutdown()
+    assert code == 1 and findings["bucket"]["state"] == "pass" and "minutes fast" in findings["clock"]["found"]
+
+
+def test_a_worker_that_is_always_paid_is_told(tmp_path):
+    (tmp_path / "hub.json").write_text('{"minWorkers": 2}')
+    assert "keeps 2 worker(s) always there" in call("", tmp_path)[1]["costs"]["found"]
+
+
+@pytest.mark.parametrize(("variables", "said"), [({"SDWORKER_MAX_STEPS": "5"}, "plain requests would be refused"),
+                                                 ({"RUNPOD_WEBHOOK_POST_OUTPUT": ""}, "results would be lost")])
+def test_a_start_that_could_not_answer_ends_before_it_takes_a_job(variables, said):
+    shift = work(OURS, [JOB], variables, limit=60, stop=False)
+    assert shift.code == 1 and shift.taken == {} and said in shift.log, shift.log
+
+
+def test_the_quick_looks_only_warn_of_what_a_worker_can_live_with(tmp_path):
+    shift = work(OURS, [JOB], {"SDWORKER_MAX_SIDE": "8192"})
+    assert "output" in shift.answers["job"] and "payload: 8 images of 8192 pixels" in shift.log
+
+
+FULL_DISK = DISK.format(free=2e6) + "from sdworker.cli import app\napp(['start'])"
+
+
+def test_out_of_disk_space_is_a_sentence_and_a_baked_model_needs_none(tmp_path):
+    """The guide's first row: a download onto a full disk, and then its cure."""
+    with Hub({"owner/name": EMBEDDED}, "token") as hub:
+        fetching = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token,
+                    "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        failed = work([sys.executable, "-c", FULL_DISK], [JOB], fetching, limit=90)
+        assert "are missing; free that much or choose a folder on another disk" in failed.answers["job"]["error"]
+        assert not list((tmp_path / "cache").rglob("*.safetensors")), "nothing is left half written"
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    bake(str(EMBEDDED), tmp_path / "model", None, "")
+    baked = work([sys.executable, "-c", FULL_DISK], [JOB], {"SDWORKER_MODEL": str(tmp_path / "model")}, limit=90)
+    assert "output" in baked.answers["job"], baked.log
+
+
+def test_xformers_that_does_not_work_costs_a_warning_and_no_picture():
+    """The guide's last row: where it cannot be used, pictures are drawn all the same, and the answer says why."""
+    shift = work(OURS, [JOB], {"SDWORKER_PROFILE": "guide", "SDWORKER_DEVICE": "cpu"})
+    answer = shift.answers["job"]["output"]
+    assert len(answer["images"]) == 1 and any("xformers" in warning for warning in answer["warnings"])
+    assert "xformers not used: no CUDA device" in shift.log and "xformers enabled" not in shift.log
+    assert "Loading model..." in shift.log and "sliced enabled" in shift.log
