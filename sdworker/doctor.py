@@ -144,7 +144,7 @@ def device(chosen: Settings) -> Finding:
     return Finding("device", "warn", "there is no GPU; pictures are drawn on the processor.",
                    "That is right for the embedded model and for tests; SDXL takes minutes.")
 
-# %% ../nbs/44_doctor.ipynb #d7f469e1
+# %% ../nbs/44_doctor.ipynb #43f1a142
 def driver(chosen: Settings) -> Finding:
     "The driver's CUDA against torch's."
     import torch
@@ -170,6 +170,7 @@ def capability(chosen: Settings) -> Finding:
                        "Choose a newer card: every pool of RunPod has them.")
     return well("capability", f"{card['name']} has compute capability {shown}.")
 
+# %% ../nbs/44_doctor.ipynb #d8b3cbbd
 def attention(chosen: Settings) -> Finding:
     "Whether the chosen attention is what draws."
     if chosen.attention == "sdpa":
@@ -242,7 +243,7 @@ def capsule(chosen: Settings) -> Finding:
     return Finding("capsule", "fail" if chosen.engine == "capsule" else "warn", f"{reason or 'there is none'}.",
                    "`sdworker bake --capsule`: workers then start without diffusers.")
 
-# %% ../nbs/44_doctor.ipynb #498b178e
+# %% ../nbs/44_doctor.ipynb #f7acc255
 QUEUE = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_WEBHOOK_PING", "RUNPOD_AI_API_KEY")
 BUCKET = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 
@@ -261,6 +262,7 @@ def queue(chosen: Settings) -> Finding:
                        "`sdworker serve` answers HTTP on this machine; on an endpoint RunPod sets the variables.")
     return well("queue", f"jobs come from {urlsplit(os.environ[QUEUE[0]]).hostname}.")
 
+# %% ../nbs/44_doctor.ipynb #115b3c60
 def _ask_bucket() -> Any:
     "What the bucket's server answers to a plain question: that it answers is all that is wanted."
     import httpx

@@ -63,12 +63,12 @@ def _distributions() -> Callable[[], Mapping]:
     real = importlib.metadata.packages_distributions
     return lambda: Later(real)
 
-# %% ../nbs/32_lean.ipynb #99a0f43f
+# %% ../nbs/32_lean.ipynb #f0a7d4c0
 _LATER = ("torch._meta_registrations", "torch.distributions", "torch.quantization")
 
 def import_torch() -> ModuleType:
     "Import torch without three parts that only a pipeline needs; `lean` brings them."
-    with standing_in({name: StandIn(name) for name in _LATER}):
+    with standing_in({name: StandIn(name) for name in (*_LATER, "pynvml")}):
         import torch
     return torch
 

@@ -33,24 +33,19 @@ class Shift:
     log: str = ""  # stdout and stderr
     code: int | None = None  # exit code of the first that ended by itself
 
-# %% ../nbs/91_loopback.ipynb #deff72b0
-class Queue:
-    "Jobs, and the web application that gives them away."
+# %% ../nbs/91_loopback.ipynb #cf098bfc
+class _Line:
+    "Jobs that come at their times, for workers that ask."
     def __init__(self, jobs: Sequence[dict], arrivals: Sequence[float] = (), workers: int = 1):
         self.jobs, self.shift, self.start = len(jobs), Shift(), time.monotonic()
         self.waiting = list(zip(arrivals or [0.0] * len(jobs), jobs, strict=True))
         self.missing = workers  # until they have all asked, the clock of the arrivals stands still
         self.asked: set[str] = set()
-        self.app = web.Application(client_max_size=64 * 2**20)
-        self.app.router.add_get("/job-take/{worker}", self._take)
-        self.app.router.add_post("/job-done/{worker}/{job}", self._answer)
-        self.app.router.add_get("/ping/{worker}", self._ping)
-        self.app.router.add_get("/{rest:.*}", self._nothing)  # the stop channel
 
     def now(self) -> float:
         return time.monotonic() - self.start
 
-    def _next(self, worker: str) -> dict | None:
+    def next(self, worker: str) -> dict | None:
         "The next job that has come, for a worker that asks."
         self.asked.add(worker)
         if len(self.asked) < self.missing:
@@ -60,10 +55,21 @@ class Queue:
             return None
         return self.waiting.pop(0)[1]
 
+# %% ../nbs/91_loopback.ipynb #f915d9b2
+class Queue(_Line):
+    "The web application that gives jobs away."
+    def __init__(self, jobs: Sequence[dict], arrivals: Sequence[float] = (), workers: int = 1):
+        super().__init__(jobs, arrivals, workers)
+        self.app = web.Application(client_max_size=64 * 2**20)
+        self.app.router.add_get("/job-take/{worker}", self._take)
+        self.app.router.add_post("/job-done/{worker}/{job}", self._answer)
+        self.app.router.add_get("/ping/{worker}", self._ping)
+        self.app.router.add_get("/{rest:.*}", self._nothing)  # the stop channel
+
     async def _take(self, request: web.Request) -> web.Response:
         worker = request.match_info["worker"]
         for _ in range(10):
-            if job := self._next(worker):
+            if job := self.next(worker):
                 self.shift.taken[job["id"]], self.shift.workers[job["id"]] = self.now(), worker
                 return web.json_response(job)
             await asyncio.sleep(0.02)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'DEFAULT_GRID', 'PlanError', 'Load', 'poisson', 'read_trace', 'price_of', 'Endpoint', 'Worker', 'Outcome',
-           'simulate', 'erlang_wait', 'broken_rule', 'report', 'grid', 'front', 'parse_goal', 'recommend', 'study',
-           'plot']
+           'simulate', 'erlang_wait', 'broken_rule', 'presence', 'report', 'grid', 'front', 'parse_goal', 'recommend',
+           'study', 'plot']
 
 # %% ../nbs/53_plan.ipynb #c419df9d
 import csv
@@ -293,6 +293,17 @@ def broken_rule(
     waited = own.idle * sum(not one.active for one in workers)
     return "" if there >= least + waited - 1e-6 else "a worker went before its time"
 
+# %% ../nbs/53_plan.ipynb #76305ca4
+def presence(
+    outcome: Outcome,
+    parts: int = 48,  # of the time from the first request to the end of the last worker
+) -> list[float]:  # the mean number of workers in each part
+    "Workers over time."
+    begun, ended = (np.array([getattr(one, name) for one in outcome.workers]) for name in ("begun", "ended"))
+    edges = np.linspace(0, ended.max(), parts + 1)
+    seconds = np.array([np.clip(edge - begun, 0, ended - begun).sum() for edge in edges])
+    return (np.diff(seconds) / max(edges[1], 1e-9)).tolist()
+
 # %% ../nbs/53_plan.ipynb #3a0afbbf
 def report(
     outcome: Outcome,
@@ -354,22 +365,23 @@ def recommend(
     name, seconds = parse_goal(goal)
     return min((one for one in reports if one[name] < seconds), key=lambda one: one["cost_day"], default=None)
 
-# %% ../nbs/53_plan.ipynb #4ad67d27
+# %% ../nbs/53_plan.ipynb #5050ba66
 def study(
     base: Endpoint,
     load: Load,
     goal: str = "",  # as in `parse_goal`; empty: none
     values: dict[str, Sequence[Any]] | None = None,  # of a grid; None: `base` alone
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:  # "load", "setting", "grid", "front", "recommendation" and "ratio" of its cost to the setting's
+) -> dict[str, Any]:  # "load", "setting", its "workers" over time, "grid", "front", "recommendation", "ratio" of costs
     "Simulate a setting and a grid around it."
-    name = parse_goal(goal)[0] if goal else "wait_p95"
-    own, reports = report(simulate(base, load)), grid(base, load, values, tell) if values else []
+    name, outcome = parse_goal(goal)[0] if goal else "wait_p95", simulate(base, load)
+    own, reports = report(outcome), grid(base, load, values, tell) if values else []
     best = recommend([*reports, own], goal) if goal else None
     about = {"requests": len(load.arrivals), "days": load.days, "seconds": float(load.seconds.mean()),
              "images": float(load.images.sum())}
-    return {"load": about, "goal": goal, "setting": own, "grid": reports, "front": front([*reports, own], name),
-            "recommendation": best, "ratio": best["cost_day"] / own["cost_day"] if best else None}
+    ratio = best["cost_day"] / own["cost_day"] if best else None
+    return {"load": about, "goal": goal, "setting": own, "workers": presence(outcome), "grid": reports,
+            "front": front([*reports, own], name), "recommendation": best, "ratio": ratio}
 
 # %% ../nbs/53_plan.ipynb #6626a2f9
 def plot(

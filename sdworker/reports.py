@@ -126,13 +126,14 @@ def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> N
         typer.echo(f"not used: {name}: {reason}")
     typer.echo(f"written: {path}")
 
-# %% ../nbs/98a_reports.ipynb #a76056e2
+# %% ../nbs/98a_reports.ipynb #540e0561
 @app.command()
 def plan(
     trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz: arrival, seconds, images.")] = None,
     a_day: Annotated[float, typer.Option("--requests", help="Requests a day, where there is no trace.")] = 1000,
     seconds: Annotated[float, typer.Option(help="That one takes, on average.")] = 5,
     swing: Annotated[float, typer.Option(min=0, max=1, help="Of the daily rate around its mean.")] = 0.5,
+    burst: Annotated[int, typer.Option(min=1, help="Requests that come together.")] = 1,
     least: Annotated[int, typer.Option("--min", help="Workers that are always there.")] = 1,
     most: Annotated[int, typer.Option("--max", help="Workers at once.")] = 3,
     idle: Annotated[float, typer.Option(help="Seconds that a worker waits for more.")] = 5,
@@ -158,13 +159,13 @@ def plan(
 
     with plain_errors(lab.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
         base = lab.Endpoint(least, most, idle, cold=cold, flashboot=flashboot, price=lab.price_of(gpu))
-        load = lab.read_trace(trace) if trace else lab.poisson(a_day, seconds, swing=swing)
+        load = lab.read_trace(trace) if trace else lab.poisson(a_day, seconds, swing=swing, burst=burst)
         found = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
     if plot:
         lab.plot(found, plot)
     typer.echo(json.dumps(found)) if as_json else _show_plan(found)
 
-# %% ../nbs/98a_reports.ipynb #02ba55c2
+# %% ../nbs/98a_reports.ipynb #ec0c8a85
 def _show_plan(found: dict) -> None:
     "Print a study as a table."
     from rich.console import Console
@@ -180,6 +181,9 @@ def _show_plan(found: dict) -> None:
         table.add_row(mark, *[f"{one[name]:.0%}" if name == "cold" else f"{one[name]:.4f}" if name == "cost_image" else
                               f"{one[name]:.4g}" for name in names])
     Console().print(table)
+    most = max(found["workers"]) or 1
+    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * one / most), 7)] for one in found["workers"])
+    typer.echo(f"workers over time, as asked, {most:.1f} at most: {bars}")
     if found["goal"]:
         best = found["recommendation"]
         typer.echo(f"{found['goal']}: " + (f"{found['ratio']:.2f} of the cost as asked" if best else

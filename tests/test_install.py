@@ -75,7 +75,7 @@ def test_every_import_is_a_declared_dependency(wheel):
     metadata = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA")))
     declared = {line.split(": ")[1] for line in metadata.decode().splitlines()
                 if line.startswith("Requires-Dist") and "extra ==" not in line}
-    provides = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    provides = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pynvml": "nvidia-ml-py"}
     declared = {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in declared}
     declared |= {"matplotlib", "torchmetrics"}  # of the extra `notebooks`: commands say so where they are missing
     needed = {provides.get(name, name).replace("_", "-") for name in imported - sys.stdlib_module_names - {"sdworker"}}
