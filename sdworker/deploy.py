@@ -7,7 +7,7 @@ __all__ = ['V1', 'V2', 'CONTAINER', 'NEW', 'SECRET', 'DeployError', 'Wanted', 'w
            'differences', 'change', 'Step', 'steps', 'cost', 'shown', 'told', 'record', 'apply', 'image_there',
            'account_of', 'status', 'delete']
 
-# %% ../nbs/54_deploy.ipynb #f799d7c5
+# %% ../nbs/54_deploy.ipynb #99bb412d
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from .client import Call, ClientError, ask, carry_out, key_header
-from .hub import POOLS, Scaling, mistakes, pools_of
+from .hub import POOLS, Scaling, mistakes, pools_of, refused
 from .plan import PRICES
 
 # %% ../nbs/54_deploy.ipynb #5c42f43e
@@ -38,7 +38,7 @@ class Wanted:
     delay: float = 4  # seconds in the queue after which one more worker is started
     seconds: int = 600  # that a job may take
 
-# %% ../nbs/54_deploy.ipynb #af637e52
+# %% ../nbs/54_deploy.ipynb #171ab373
 def wanted(
     hub: dict[str, Any],  # of hub.json
     name: str = "sdworker",
@@ -48,17 +48,20 @@ def wanted(
     **scaling: Any,  # fields of `hub.Scaling` that are to be others than hub.json's; None: as there
 ) -> Wanted:
     "What a `hub.json` and what is given beside it ask for, or `DeployError`."
-    config, values = hub.get("config", {}), _values(hub, preset) | dict(env or {})
+    if not isinstance(hub, dict):
+        raise DeployError("hub.json holds no JSON object.")
     hub = hub | {name: value for name, value in scaling.items() if value is not None}
     for mistake in mistakes(hub):
+        raise DeployError(mistake)
+    config, values = hub["config"], _values(hub["config"], preset) | dict(env or {})
+    for mistake in refused("the endpoint's variables", values):
         raise DeployError(mistake)
     excluded = [one.strip()[1:] for one in config["gpuIds"].split(",") if one.strip().startswith("-")]
     return Wanted(name, image or f"sdworker:{version('sdworker')}", config["containerDiskInGb"], values, pools_of(hub),
                   excluded, config["gpuCount"], config["allowedCudaVersions"], Scaling.model_validate(hub))
 
-def _values(hub: dict[str, Any], preset: str) -> dict[str, str]:
+def _values(config: dict[str, Any], preset: str) -> dict[str, str]:
     "The variables, as text; one without a value is left to the image."
-    config = hub.get("config", {})
     presets = {one["name"]: one["defaults"] for one in config.get("presets", [])}
     if preset and preset not in presets:
         raise DeployError(f"preset is {preset!r}: should be among {', '.join(map(repr, presets))}.")
@@ -189,13 +192,13 @@ def steps(
                           differences(there, body), there["id"]))
     return found
 
-# %% ../nbs/54_deploy.ipynb #e61b4f09
+# %% ../nbs/54_deploy.ipynb #68591376
 def cost(
     want: Wanted,
 ) -> dict[str, float]:  # USD an hour
-    "What is paid for workers that are always there, and for all that may be there at once."
-    second = PRICES[POOLS[want.pools[0]].gpu] * want.gpus
-    return {"always": 3600 * second * want.scaling.minWorkers, "at_most": 3600 * second * want.scaling.maxWorkers}
+    "What is paid for workers that are always there, on the preferred card, and for all at once on the dearest."
+    hour = [3600 * PRICES[POOLS[pool].gpu] * want.gpus for pool in want.pools]
+    return {"always": hour[0] * want.scaling.minWorkers, "at_most": max(hour) * want.scaling.maxWorkers}
 
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is not shown
 
@@ -219,9 +222,9 @@ def told(
         lines.append(f"{step.verb} {step.what} {want.name}" + (f" ({step.id})" if step.id else ""))
         lines += [f"    {name}: {shown(old, name)} -> {shown(new, name)}" for name, (old, new) in step.changes.items()]
     money = cost(want)
-    lines.append(f"{want.scaling.minWorkers} worker(s) always there: {money['always']:.2f} $ an hour, "
-                 f"{24 * money['always']:.2f} $ a day; up to {want.scaling.maxWorkers} at once: "
-                 f"{money['at_most']:.2f} $ an hour (a {POOLS[want.pools[0]].gpu}, as a flex worker)")
+    lines.append(f"{want.scaling.minWorkers} worker(s) always there, on a {POOLS[want.pools[0]].gpu}: "
+                 f"{money['always']:.2f} $ an hour, {24 * money['always']:.2f} $ a day; all "
+                 f"{want.scaling.maxWorkers} at once, on the dearest card: {money['at_most']:.2f} $ an hour")
     return lines
 
 # %% ../nbs/54_deploy.ipynb #0f19dd33

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'BAKED', 'POOLS', 'NO_INPUT', 'SHOWN_FIRST', 'GPUS', 'CUDA', 'REQUESTS', 'Model', 'Pool', 'Scaling',
-           'inputs', 'presets', 'hub_json', 'tests_json', 'write', 'mistakes', 'pools_of']
+           'inputs', 'presets', 'hub_json', 'tests_json', 'write', 'mistakes', 'pools_of', 'refused']
 
 # %% ../nbs/50_hub.ipynb #bd43cab5
 import json
@@ -154,14 +154,14 @@ def write(
 if __name__ == "__main__" and "__file__" in globals():
     print(*write(Path()), sep="\n")
 
-# %% ../nbs/50_hub.ipynb #e0332139
+# %% ../nbs/50_hub.ipynb #28531f45
 def mistakes(
     hub: dict[str, Any],  # of hub.json
 ) -> list[str]:  # sentences; empty: none
     "What is wrong with a `hub.json` in the eyes of the settings and the table of models."
     try:
         return list(_mistakes(hub, hub["config"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         return [f"hub.json is not of the Hub's form: {type(error).__name__} at {error}."]
 
 def _mistakes(hub: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
@@ -180,12 +180,12 @@ def _mistakes(hub: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
     for name in Settings.model_fields:
         if PREFIX + name.upper() not in keys and name not in NO_INPUT:
             yield f"{PREFIX}{name.upper()} is missing in config.env."
-    yield from _refused("config.env", {entry["key"]: entry["input"]["default"] if "input" in entry else entry["value"]
+    yield from refused("config.env", {entry["key"]: entry["input"]["default"] if "input" in entry else entry["value"]
                                        for entry in config["env"]})
     for preset in config.get("presets", []):
-        yield from _refused(f"the preset {preset['name']!r}", preset["defaults"])
+        yield from refused(f"the preset {preset['name']!r}", preset["defaults"])
 
-# %% ../nbs/50_hub.ipynb #bed56ebe
+# %% ../nbs/50_hub.ipynb #c5c3e5e4
 def pools_of(
     hub: dict[str, Any],  # of hub.json
 ) -> list[str]:
@@ -197,7 +197,10 @@ def _offered(config: dict[str, Any], model: Model) -> bool:
     named = [preset["defaults"].get(f"{PREFIX}MODEL") for preset in config.get("presets", [])]
     return model.id in [*named, *(entry["input"]["default"] for entry in config["env"] if "input" in entry)]
 
-def _refused(where: str, variables: Mapping[str, Any]) -> Iterator[str]:
+def refused(
+    where: str,  # they stand
+    variables: Mapping[str, Any],
+) -> Iterator[str]:  # sentences
     "What the worker would say to these variables."
     ours = {key: value for key, value in variables.items() if key.startswith(PREFIX) and value != ""}
     try:

@@ -127,8 +127,9 @@ class Metrics:
         if "cold_start" in timings:
             self.cold.set(timings["cold_start"]["total"])
 
-# %% ../nbs/43_monitor.ipynb #4f4fe38a
+# %% ../nbs/43_monitor.ipynb #25a204e6
 _state: dict[str, Any] = {"tally": None, "metrics": None}
+_lock = threading.Lock()  # the local API answers in threads
 
 def observe(
     chosen: Settings,
@@ -146,7 +147,7 @@ def observe(
     except OSError as error:
         log.warning("SDWORKER_METRICS is %s, and cannot be had: %s", chosen.metrics, error)
 
-# %% ../nbs/43_monitor.ipynb #f588801f
+# %% ../nbs/43_monitor.ipynb #a7fd87df
 def note(
     job: str,  # its id
     outcome: str,  # "drawn", "refused" or "failed"
@@ -167,7 +168,8 @@ def note(
     counted = (outcome, seconds, images, timings)
     if _state["metrics"]:
         _state["metrics"].add(*counted)
-    _sum_up(counted)
+    with _lock:
+        _sum_up(counted)
 
 def _sum_up(counted: tuple) -> None:
     "Add a job to the tally, and say a line where there are enough."
