@@ -131,7 +131,7 @@ def _of_bytes(shown: bool, doing: str):
     else:
         yield in_tenths(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
 
-# %% ../nbs/99_cli.ipynb #8c4a7be8
+# %% ../nbs/99_cli.ipynb #b84d6d39
 @app.command()
 def bake(
     model: Annotated[str | None, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")] = None,
@@ -140,6 +140,7 @@ def bake(
     variant: Annotated[str, typer.Option(help="Of the weights; empty: those without one.")] = "fp16",
     extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
     capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
+    compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
@@ -148,8 +149,7 @@ def bake(
     With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
     diffusers: some minutes, and it takes a C++ compiler.
 
-    May be interrupted and called again. A token for a gated model comes from HF_TOKEN, or from the file that
-    HF_TOKEN_PATH names.
+    May be interrupted and called again. A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
 
     Examples:
 
@@ -162,12 +162,13 @@ def bake(
 
         SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
     """
-    if (model is None) != (to is None) or not (model or capsule):
+    if (model is None) != (to is None) or not (model or capsule or compile_cache):
         raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
                                  "compiles the model of the settings.", param_hint="MODEL")
     report = _baked(model, to, revision, variant, extras, told=not as_json) if model else {}
-    if capsule:
-        report["capsule"] = _capsule(to, report.get("repository"), device, told=not as_json)
+    for wanted, name, make in ((capsule, "capsule", _capsule), (compile_cache, "compile_cache", _compile_cache)):
+        if wanted:
+            report[name] = make(to, report.get("repository"), device, told=not as_json)
     if as_json:
         typer.echo(json.dumps(report))
 
@@ -189,28 +190,48 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
                    f"{manifest['bytes'] / 1e9:.2f} GB in {to}")
     return manifest
 
-# %% ../nbs/99_cli.ipynb #21756592
+# %% ../nbs/99_cli.ipynb #b745e5d0
 def _capsule(model: Path | None, name: str | None, device: str | None, told: bool) -> dict:
     "Compile a model; its capsule's folder, worst picture and size."
     from sdworker.cache import capsule_places, usable_caches
-    from sdworker.card import read_card, read_json
+    from sdworker.card import read_json
 
     with plain_errors(), _of_steps(told) as tell:
         for moved in usable_caches():
             typer.echo(f"sdworker: {moved}", err=True)
         from sdworker.encapsulate import make_capsule
-        from sdworker.load import place
-        from sdworker.sources import resolve
 
-        chosen = settings()
-        chosen = chosen.model_copy(update={"device": device or chosen.device})
-        card = read_card(model or resolve(chosen), name or chosen.model)
-        folder = make_capsule(card, capsule_places(chosen)[0], *place(chosen), tell)
+        chosen, card, where = _what(model, name, device)
+        folder = make_capsule(card, capsule_places(chosen)[0], *where, tell)
         size = sum(path.stat().st_size for path in folder.iterdir())
         found = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
     if told:
         typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, {found['psnr']:.0f} dB from the pipeline at worst")
     return found
+
+def _what(model: Path | None, name: str | None, device: str | None):
+    "What is to be compiled: the settings, the model's card, its device and number format."
+    from sdworker.card import read_card
+    from sdworker.load import place
+    from sdworker.sources import resolve
+
+    chosen = settings()
+    chosen = chosen.model_copy(update={"device": device or chosen.device})
+    return chosen, read_card(model or resolve(chosen), name or chosen.model), place(chosen)
+
+# %% ../nbs/99_cli.ipynb #54551b6b
+def _compile_cache(model: Path | None, name: str | None, device: str | None, told: bool) -> str:
+    "Fill the cache of torch.compile; its folder."
+    with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
+        from sdworker.compiling import fill_cache
+        from sdworker.profiles import pipeline_for
+
+        chosen, card, where = _what(model, name, device)
+        engine = pipeline_for(chosen.model_copy(update={"compile": "regional"}), card, *where)
+        folder = fill_cache(engine, chosen.max_batch)
+    if told:
+        typer.echo(f"{folder}: compiled blocks for SDWORKER_COMPILE=cached")
+    return str(folder)
 
 @contextmanager
 def _of_steps(shown: bool):

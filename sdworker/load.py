@@ -149,7 +149,7 @@ def make_capsule_behind(
         log.warning("no capsule can be made here: %s", error)
         return None
 
-# %% ../nbs/35_load.ipynb #d6338231
+# %% ../nbs/35_load.ipynb #ab3ae5d1
 _waiting: list[None] = []  # one entry for each job that waits for the load
 
 def _loaded(warm: bool) -> "Engine":
@@ -161,6 +161,10 @@ def _loaded(warm: bool) -> "Engine":
     end_prefetch()
     if warm and not _waiting:
         _warm_up(engine)
+    if settings().compile != "off" and hasattr(engine, "pipe"):
+        from sdworker.compiling import prepare_behind
+
+        prepare_behind(engine, settings().max_batch)
     log.info("Loaded %s in %.2f s on %s in %s", engine.card.name, time.perf_counter() - start, engine.device,
              engine.dtype)
     return engine

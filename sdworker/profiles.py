@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 
     from sdworker.engine import PipelineEngine
 
-# %% ../nbs/28_profiles.ipynb #822ffb5e
+# %% ../nbs/28_profiles.ipynb #8368ca1b
 LOSSLESS = 40  # dB
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ SWITCHES = {
     "VAE tiled": Switch({"vae": "tiled"}, least=25),
     "offload: model": Switch({"offload": "model"}),
     "offload: sequential": Switch({"offload": "sequential"}),
+    "compile: regional": Switch({"compile": "regional"}),
+    "compile: cached": Switch({"compile": "cached"}),
     "bfloat16": Switch({"dtype": "bfloat16"}, least=35),
     "capsule": Switch({"engine": "capsule"}),
     "DPM++ 2M, 12 steps": Switch(request={"sampler": "dpmpp_2m", "steps": 12}, least=25),
@@ -52,7 +54,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #942240d6
+# %% ../nbs/28_profiles.ipynb #ade270df
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -62,6 +64,7 @@ def pipeline_for(
 ) -> "PipelineEngine":
     "Load a pipeline with all its switches as they are set."
     from sdworker.attention import use_attention
+    from sdworker.compiling import use_compile
     from sdworker.engine import PipelineEngine
     from sdworker.memory import use_memory
     from sdworker.presets import use_preset
@@ -71,7 +74,8 @@ def pipeline_for(
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
     words = (use_attention(engine.pipe, chosen.attention, device, dtype),
-             use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device))
+             use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
+             use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload))
     engine.instead = " ".join(filter(None, words))
     return engine
 
@@ -80,8 +84,9 @@ def for_pipeline_alone(
     card: ModelCard,
 ) -> bool:
     "Whether something is set that compiled code does not have."
-    asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, preset_of(card, chosen.preset))
-    return asked != ("sdpa", "whole", "none", False, None)
+    asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile,
+             preset_of(card, chosen.preset))
+    return asked != ("sdpa", "whole", "none", False, "off", None)
 
 # %% ../nbs/28_profiles.ipynb #ad2ccd61
 def profile_table() -> str:  # Markdown

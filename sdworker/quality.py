@@ -93,7 +93,7 @@ def held(
     loss = adherence(list(plain))["all"] - right
     return Held(distance, min(ssim(*pair) for pair in both), right, loss, distance >= least and loss <= LOSS + 1e-9)
 
-# %% ../nbs/90_quality.ipynb #e338ad65
+# %% ../nbs/90_quality.ipynb #5fc09eb5
 def switched(
     switch: Switch,
     card: ModelCard,
@@ -110,6 +110,10 @@ def switched(
             raise ModelError(reason or "nobody has made one; `sdworker bake --capsule` does.")
         return CapsuleEngine(card, folder, device)
     engine = pipeline_for(chosen, card, device, dtype)
+    if chosen.compile != "off" and not engine.instead:
+        from sdworker.compiling import prepare
+
+        prepare(engine, (1, 4, 10))  # images in one call, of the benchmark and of the gate
     if engine.instead:
         raise ModelError(engine.instead)
     return engine

@@ -53,19 +53,9 @@ class _Told(_Weights):
             raise ValueError("should be a port, such as 9100, or an address, such as 0.0.0.0:9100")
         return given
 
-# %% ../nbs/01_settings.ipynb #243195af
-PROFILES = {  # what the settings are in a profile, unless they are set themselves
-    "fast": {},
-    "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
-    "lowmem": {"engine": "pipeline", "vae": "tiled", "offload": "model", "max_batch": 1},
-}
-
-class Settings(_Told):
-    "What can be set; each field `x` is the environment variable `SDWORKER_X`."
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
-
-    profile: Literal["fast", "guide", "lowmem"] = Field(
-        "fast", description="What the other settings are unless they are set")
+# %% ../nbs/01_settings.ipynb #abb55937
+class _Drawn(_Told):
+    "What draws."
     engine: Literal["auto", "capsule", "pipeline"] = Field("auto", description=(
         "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
     capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
@@ -77,6 +67,22 @@ class Settings(_Told):
     offload: Literal["none", "model", "sequential"] = Field("none", description=(
         "Keep weights in the machine's memory, and bring a component or a layer at a time to the GPU"))
     channels_last: bool = Field(False, description="Store convolution weights of the pipeline channels last")
+    compile: Literal["off", "reduce-overhead", "regional", "cached"] = Field("off", description=(
+        "torch.compile for the pipeline, beside the work; `cached`: from a folder filled by `bake --compile-cache`"))
+
+# %% ../nbs/01_settings.ipynb #6ccf2421
+PROFILES = {  # what the settings are in a profile, unless they are set themselves
+    "fast": {},
+    "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
+    "lowmem": {"engine": "pipeline", "vae": "tiled", "offload": "model", "max_batch": 1},
+}
+
+class Settings(_Drawn):
+    "What can be set; each field `x` is the environment variable `SDWORKER_X`."
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    profile: Literal["fast", "guide", "lowmem"] = Field(
+        "fast", description="What the other settings are unless they are set")
     preset: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm"] = Field(
         "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(

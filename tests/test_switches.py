@@ -1,6 +1,7 @@
 """Each switch keeps to what it promises of its pictures, does something, and is found out when it is broken."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from sdworker.card import EMBEDDED, ModelError, read_card
+from sdworker.compiling import fill_cache
 from sdworker.embedded import pairs
 from sdworker.engine import generate
 from sdworker.profiles import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
@@ -41,8 +43,17 @@ def verdict(engine, switch):
     return held(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.least)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiler_cache(tmp_path_factory):
+    """What is compiled here goes, and is found, in a folder of its own."""
+    with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.mktemp("compiled"))):
+        yield
+
+
 def built(name):
     """The engine of a switch; one that this machine cannot have is skipped with the reason."""
+    if name == "compile: cached":
+        fill_cache(switched(SWITCHES["compile: regional"], CARD), 1)
     try:
         return switched(SWITCHES[name], CARD)
     except ModelError as error:
@@ -56,7 +67,7 @@ def state(engine):
     pipe = engine.pipe
     attention = {(type(one).__name__, str(getattr(one, "backend", ""))) for one in pipe.unet.attn_processors.values()}
     return (attention, pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.dtype, hasattr(pipe.unet, "_hf_hook"),
-            pipe.unet.conv_in.weight.stride())
+            pipe.unet.conv_in.weight.stride(), type(pipe.unet.forward).__name__)
 
 
 @pytest.mark.parametrize("name", SWITCHES)

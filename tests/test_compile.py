@@ -1,0 +1,50 @@
+"""Compiled code beside a worker's own: no job waits for it, and a cache for another machine is named and left alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sdworker.loopback import work
+
+OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+PROMPT = "a large red star on a blue background"
+
+
+def job(name: str) -> dict:
+    return {"id": name, "input": {"prompt": PROMPT, "seed": 7}}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache filled by the command, for the embedded model on this processor, one image in a call."""
+    folder = tmp_path_factory.mktemp("cache")
+    done = subprocess.run([sys.executable, "-m", "sdworker.cli", "bake", "--compile-cache", "--json"], text=True,
+                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "SDWORKER_MAX_BATCH": "1"},
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["compile_cache"] == str(folder)
+    return folder
+
+
+def test_no_job_waits_for_the_compiler(cache):
+    shift = work(OURS, [job("first"), job("later")], arrivals=[0.0, 40.0], environment={
+        "SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache), "SDWORKER_MAX_BATCH": "1"})
+    first, later = (shift.answers[name]["output"] for name in ("first", "later"))
+    log = shift.log
+    assert log.index("job first:") < log.index("compiled in") < log.index("job later:"), log
+    assert first["warnings"] == later["warnings"] == []
+    assert len(later["images"]) == 1 and "failed" not in log
+
+
+@pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])
+def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name):
+    made = json.loads((cache / "sdworker.json").read_text())
+    (tmp_path / "sdworker.json").write_text(json.dumps(made | {name: "of another kind"}))
+    shift = work(OURS, [job("only")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    answer = shift.answers["only"]["output"]
+    assert len(answer["images"]) == 1
+    assert any(f"was made for {name}" in warning for warning in answer["warnings"]), answer["warnings"]
+    assert "compiled in" not in shift.log
