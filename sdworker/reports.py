@@ -126,7 +126,7 @@ def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> N
         typer.echo(f"not used: {name}: {reason}")
     typer.echo(f"written: {path}")
 
-# %% ../nbs/98a_reports.ipynb #540e0561
+# %% ../nbs/98a_reports.ipynb #75b9a47a
 @app.command()
 def plan(
     trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz: arrival, seconds, images.")] = None,
@@ -139,6 +139,9 @@ def plan(
     idle: Annotated[float, typer.Option(help="Seconds that a worker waits for more.")] = 5,
     cold: Annotated[float, typer.Option(help="Seconds of a cold start.")] = 15,
     flashboot: Annotated[float, typer.Option(help="Share of starts that it shortens: yours to assume.")] = 0,
+    delay: Annotated[float, typer.Option(help="Seconds in the queue after which a worker is started.")] = 4,
+    count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker: scales by them instead.")] = None,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="Of always-on workers, as RunPod grants it.")] = 0,
     gpu: Annotated[str, typer.Option(help="Whose price counts, such as A4000, 4090, A100, H100.")] = "4090",
     values: Annotated[Literal["none", "default"], typer.Option("--grid", help="60 settings around it.")] = "none",
     goal: Annotated[str, typer.Option(help="Such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
@@ -158,7 +161,8 @@ def plan(
     from sdworker import plan as lab
 
     with plain_errors(lab.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
-        base = lab.Endpoint(least, most, idle, cold=cold, flashboot=flashboot, price=lab.price_of(gpu))
+        base = lab.Endpoint(least, most, idle, delay, count, cold, flashboot=flashboot,
+                            price=lab.price_of(gpu), discount=discount)
         load = lab.read_trace(trace) if trace else lab.poisson(a_day, seconds, swing=swing, burst=burst)
         found = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
     if plot:
