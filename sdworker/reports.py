@@ -126,7 +126,7 @@ def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> N
         typer.echo(f"not used: {name}: {reason}")
     typer.echo(f"written: {path}")
 
-# %% ../nbs/98a_reports.ipynb #75b9a47a
+# %% ../nbs/98a_reports.ipynb #3d5415f6
 @app.command()
 def plan(
     trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz: arrival, seconds, images.")] = None,
@@ -151,8 +151,6 @@ def plan(
     """Simulate an endpoint: how long people wait, and what is paid.
 
     Examples:
-
-        sdworker plan --requests 5000 --seconds 4
 
         sdworker plan --trace mine.csv --grid default --goal "p95<30s" --plot front.png
 
