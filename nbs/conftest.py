@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPO
     if name != "SDWORKER_DATA":
         del os.environ[name]  # notebooks and tests run with default settings, whatever the shell has
 os.environ["SDWORKER_CAPSULES"] = str(Path(__file__).parent.parent / "out" / "no-capsules")  # nor what it has compiled
+
+
+COMPILING = ("27a_compiling", "95a_breakeven")  # what they show cannot be had without a compiler
 
 
 def pytest_collection_modifyitems(items):
@@ -26,3 +30,5 @@ def pytest_collection_modifyitems(items):
             item.options["skip"] = True
         if not capsule and "../out/capsules" in item.parent.path.read_text(encoding="utf-8"):
             item.add_marker(pytest.mark.skip(reason="there is no capsule; `make capsule` makes one with g++"))
+        if item.parent.path.stem in COMPILING and not shutil.which(os.environ.get("CXX", "g++")):
+            item.add_marker(pytest.mark.skip(reason="there is no C++ compiler"))
