@@ -85,8 +85,8 @@ def caches(chosen: Settings) -> Finding:
                        "Make the folder writable, or name another; files in its place last as long as the container.")
     return well("caches", "all cache folders can be written.")
 
-# %% ../nbs/44_doctor.ipynb #fe8c4ddf
-def weights(chosen: Settings, every_byte: bool = True) -> Finding:
+# %% ../nbs/44_doctor.ipynb #aee532d3
+def weights(chosen: Settings) -> Finding:
     "The model's files."
     from sdworker.bake import MANIFEST, verify
 
@@ -96,9 +96,9 @@ def weights(chosen: Settings, every_byte: bool = True) -> Finding:
                        "Bake it, or choose it as the endpoint's cached model: the first worker waits for gigabytes.")
     if not (here.folder / MANIFEST).exists():
         return well("weights", f"{here.folder} is whole at a quick look; it has no manifest to hold it against.")
-    report = verify(here.folder, quick=not every_byte)
-    return well("weights", f"{here.folder} is whole, {'every byte' if every_byte else 'at a quick look'}: "
-                           f"{report['files']} files, {report['bytes'] / 1e9:.2f} GB.")
+    report = verify(here.folder)
+    return well("weights", f"{here.folder} is whole, every byte: {report['files']} files, "
+                           f"{report['bytes'] / 1e9:.2f} GB.")
 
 def sizes(chosen: Settings) -> Finding:
     "Limits of the settings, against what the model draws by default."
