@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'BACKENDS', 'score_bytes', 'Dispatched', 'probe', 'use_attention']
 
-# %% ../nbs/22_attention.ipynb #b3c39fb3
+# %% ../nbs/22_attention.ipynb #cafc86fb
 import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .engine import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,7 +74,7 @@ def _xformers_lacks(device: str) -> str:
         return "compute capability {}.{}, and 7.0 is the least".format(*capability)
     return "" if find_spec("xformers") else "it is not installed"
 
-# %% ../nbs/22_attention.ipynb #99614fd0
+# %% ../nbs/22_attention.ipynb #1882d5ea
 def use_attention(
     pipe: "DiffusionPipeline",
     name: str,  # "sliced", "xformers+sliced", or a key of `BACKENDS`
@@ -84,12 +86,25 @@ def use_attention(
         return ""
     if name == "xformers+sliced":
         return " ".join(filter(None, (use_attention(pipe, one, device, dtype) for one in ("xformers", "sliced"))))
+    denoiser = denoiser_of(pipe)
+    sliceable, asking = hasattr(denoiser, "set_attention_slice"), _asking(denoiser)
     if name == "sliced":
-        pipe.enable_attention_slicing()
-    elif reason := probe(name, device, dtype):
+        reason = "" if sliceable else "this model's layers cannot be sliced"
+    else:
+        reason = probe(name, device, dtype) if sliceable or asking else "this model's layers have their own"
+    if reason:
         log.warning("%s not used: %s", name, reason)
         return f"SDWORKER_ATTENTION is {name!r}, which is not used: {reason}."
-    else:
-        pipe.unet.set_attn_processor(Dispatched(BACKENDS[name]))
+    if name == "sliced":
+        pipe.enable_attention_slicing()
+    elif sliceable:  # a UNet
+        denoiser.set_attn_processor(Dispatched(BACKENDS[name]))
+    for processor in asking if name != "sliced" else ():
+        processor._attention_backend = BACKENDS[name]
     log.info("%s enabled", name)
     return ""
+
+def _asking(denoiser: torch.nn.Module) -> list[Any]:
+    "A transformer's processors that ask diffusers' dispatcher, each with the back end that is to answer."
+    found = (getattr(module, "processor", None) for module in denoiser.modules())
+    return [processor for processor in found if hasattr(processor, "_attention_backend")]

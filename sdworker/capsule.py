@@ -297,7 +297,7 @@ def denoise_by_table(
     random = [seeded(shot.seed) for shot in shots]
     return run_table(table, denoiser, size, random, dtype, engine.device, on_step)
 
-# %% ../nbs/24_capsule.ipynb #066093aa
+# %% ../nbs/24_capsule.ipynb #25d2263b
 def beyond(
     engine: CapsuleEngine,
     shape: Shape,
@@ -305,6 +305,8 @@ def beyond(
 ) -> str:  # a sentence without its full stop; empty: nothing
     "What of a request is beyond a capsule."
     limits = engine.about["key"]["ranges"]
+    if shape.begins != "noise":
+        return "it begins from a picture, and the capsule draws from noise"
     least, most, unit = limits["side"]
     for name in ("width", "height"):
         if not least <= getattr(shape, name) <= most or getattr(shape, name) % unit:

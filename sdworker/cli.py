@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'generate', 'bake', 'verify', 'serve', 'start', 'main']
 
-# %% ../nbs/99_cli.ipynb #3981593a
+# %% ../nbs/99_cli.ipynb #3ce1f6fc
 import sdworker.ledger  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
+import base64
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import typer
 
 from .reports import app as reports
 from .request import Request, advice, parse_request
-from .settings import settings
+from .settings import SettingsError, settings
 from .terminal import bar, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -36,7 +37,7 @@ def _write(drawn, out: Path, request: Request) -> list[dict]:  # path, prompt, s
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
 
-# %% ../nbs/99_cli.ipynb #7ae230f3
+# %% ../nbs/99_cli.ipynb #747f081f
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
@@ -49,6 +50,9 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
     guidance_end: Annotated[float | None, typer.Option(help="Share of the steps that have guidance.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to begin from, or to edit.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What of it to draw anew: the white part of this picture.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far from it; default: 0.6, with a mask 1.")] = None,
     form: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
     quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
@@ -63,17 +67,28 @@ def generate(
 
         sdworker generate "a small white ring on black" "a large green cross" --format jpeg --json
 
+        sdworker generate "a large yellow ring on blue" --image out/01-seed-7.png --strength 0.8
+
         sdworker generate "a lighthouse" --endpoint 4m7x2k9q
     """
     asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height,
              "num_images": n, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed,
-             "guidance_end": guidance_end, "scheduler": scheduler, "image_format": form, "image_quality": quality}
+             "guidance_end": guidance_end, "scheduler": scheduler, "image_format": form, "image_quality": quality,
+             "strength": strength}
     shown = not as_json and sys.stderr.isatty()
     with plain_errors():
+        asked |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
         report = _have_drawn(endpoint, asked, out, shown) if endpoint else _generate(asked, out, shown)
     typer.echo(json.dumps(report)) if as_json else _show(report)
 
-# %% ../nbs/99_cli.ipynb #970bc890
+# %% ../nbs/99_cli.ipynb #4b989d65
+def _read(path: Path) -> str:
+    "A file as a request carries it, or `SettingsError`."
+    try:
+        return base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror}); name a PNG, JPEG or WebP picture.") from None
+
 def _show(report: dict) -> None:
     "Say where the pictures are."
     for image in report["images"]:
@@ -83,16 +98,18 @@ def _show(report: dict) -> None:
 
 def _generate(asked: dict, out: Path, shown: bool) -> dict:
     "Check, load, draw, write."
+    from sdworker.images import pictures_of
     from sdworker.load import initialize_model, model_card
 
     card, chosen = model_card(), settings()
     request = parse_request(asked, card, chosen)
+    brought = pictures_of(request)
     out.mkdir(parents=True, exist_ok=True)  # a name that cannot be a folder is found out before the work, not after
     with bar(shown, "drawing") as on_step:
         engine = initialize_model()
         from sdworker.engine import generate as draw
 
-        drawn = draw(engine, **request.arguments(), max_batch=chosen.max_batch, on_step=on_step)
+        drawn = draw(engine, **request.arguments(), **brought, max_batch=chosen.max_batch, on_step=on_step)
     return {"images": _write(drawn, out, request), "timings": drawn.timings.rounded(),
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
@@ -190,7 +207,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
                    f"{manifest['bytes'] / 1e9:.2f} GB in {to}")
     return manifest
 
-# %% ../nbs/99_cli.ipynb #b745e5d0
+# %% ../nbs/99_cli.ipynb #f9226559
 def _capsule(model: Path | None, name: str | None, device: str | None, told: bool) -> dict:
     "Compile a model; its capsule's folder, worst picture and size."
     from sdworker.cache import capsule_places, usable_caches
@@ -217,7 +234,8 @@ def _what(model: Path | None, name: str | None, device: str | None):
 
     chosen = settings()
     chosen = chosen.model_copy(update={"device": device or chosen.device})
-    return chosen, read_card(model or resolve(chosen), name or chosen.model), place(chosen)
+    card = read_card(model or resolve(chosen), name or chosen.model)
+    return chosen, card, place(chosen, card.family.half)
 
 # %% ../nbs/99_cli.ipynb #54551b6b
 def _compile_cache(model: Path | None, name: str | None, device: str | None, told: bool) -> str:

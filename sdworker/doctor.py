@@ -210,7 +210,7 @@ def memory(chosen: Settings) -> Finding:
     return Finding("memory", "warn", f"{chosen.max_batch} image(s) at once take {takes / 1e9:.2f} GB, {free}.",
                    f"SDWORKER_MAX_BATCH={way.batch} SDWORKER_VAE={way.vae} SDWORKER_OFFLOAD={way.offload} fits.")
 
-# %% ../nbs/44_doctor.ipynb #21d03b92
+# %% ../nbs/44_doctor.ipynb #47be4e3d
 def bytecode(chosen: Settings) -> Finding:
     "Whether Python's files are compiled."
     missing = [name for name in uncompiled() if name != "__main__"]
@@ -236,6 +236,8 @@ def capsule(chosen: Settings) -> Finding:
 
     if chosen.engine == "pipeline":
         return well("capsule", "not wanted: SDWORKER_ENGINE is 'pipeline'.")
+    if not model_card().family.samplers:
+        return well("capsule", "there are none for this family of models.")
     places = capsule_places(chosen)
     found, reason = find_capsule(model_card(), *place(chosen), places) if capsules_in(places) else (None, "")
     if found:

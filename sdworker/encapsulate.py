@@ -245,7 +245,7 @@ def why_not(
                 "CXX.")
     return ""
 
-# %% ../nbs/25_encapsulate.ipynb #55db7cfe
+# %% ../nbs/25_encapsulate.ipynb #80a4042f
 def make_capsule(
     card: ModelCard,
     to: Path,  # folder of capsules; is made
@@ -254,6 +254,9 @@ def make_capsule(
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,  # hears what is done, of how much
 ) -> Path:  # the capsule's folder
     "Make a capsule of a model, unless there is one that fits. Raises `ModelError`."
+    if not card.family.samplers:
+        raise ModelError(f"capsules are for Stable Diffusion 1.x, 2.x and SDXL, and {card.name} is a {card.pipeline}; "
+                         "for others see SDWORKER_COMPILE.", lasting=True)
     key = capsule_key(card, device, dtype)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     name = re.sub(r"[^a-z0-9.]+", "-", card.name.lower()).strip("-")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'respond', 'handler', 'start', 'serve']
 
-# %% ../nbs/45_handler.ipynb #e9be984a
+# %% ../nbs/45_handler.ipynb #dfc28df0
 import logging
 import os
 import sys
@@ -17,7 +17,7 @@ from .cache import usable_caches
 from .card import ModelError, Unsuited
 from .doctor import at_start
 from .files import numbers, weight_files
-from .images import data_uri
+from .images import data_uri, pictures_of
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
 from .load import begin_loading, initialize_model, make_capsule_behind, model_card
@@ -28,20 +28,21 @@ from .weights import prefetch
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/45_handler.ipynb #d1342767
+# %% ../nbs/45_handler.ipynb #cb7bcab5
 def respond(
     given: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
     "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
     card, chosen = model_card(), settings()
     request = parse_request(given, card, chosen)
+    brought = pictures_of(request)
     engine = initialize_model()
     LEDGER.lap("wait for a job")
     from sdworker.engine import generate
 
     form, coded = (request.image_format or "png", request.image_quality), []
     with ThreadPoolExecutor(2, "encode") as pool:
-        drawn = generate(engine, **request.arguments(), max_batch=chosen.max_batch,
+        drawn = generate(engine, **request.arguments(), **brought, max_batch=chosen.max_batch,
                          on_picture=lambda picture: coded.append(pool.submit(data_uri, picture.image, *form)))
         LEDGER.lap("first image")
         with drawn.timings.stage("encode_image"):  # what is left of it when all is drawn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'model_card', 'place', 'make_capsule_behind', 'initialize_model', 'begin_loading']
 
-# %% ../nbs/35_load.ipynb #251898e9
+# %% ../nbs/35_load.ipynb #dd9e59e8
 import logging
 import os
 import subprocess
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from .bake import quick_check
 from .cache import capsule_places, capsules_in
 from .card import ModelCard, ModelError, Unsuited, read_card
+from .files import components
 from .imports import without_collector
 from .lean import import_torch, lean
 from .ledger import LEDGER
@@ -43,9 +44,10 @@ def model_card() -> ModelCard:
     chosen = settings()
     return with_preset(read_card(resolve(chosen, weights=False), chosen.model), chosen.preset)
 
-# %% ../nbs/35_load.ipynb #9248a465
+# %% ../nbs/35_load.ipynb #0603d9a8
 def place(
     chosen: Settings,
+    half: str = "float16",  # number format of the model's family on a GPU
 ) -> tuple[str, str]:  # device and dtype, without `auto`
     "Decide the device and the number format, or raise `ModelError`."
     import torch
@@ -55,18 +57,22 @@ def place(
         raise ModelError("SDWORKER_DEVICE is 'cuda', and torch sees no CUDA device; "
                          "use 'auto' or 'cpu', or check the driver.", lasting=True)
     device = chosen.device if chosen.device != "auto" else "cuda" if cuda else "cpu"
-    dtype = chosen.dtype if chosen.dtype != "auto" else "float16" if device == "cuda" else "float32"
+    dtype = chosen.dtype if chosen.dtype != "auto" else half if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/35_load.ipynb #687e28cd
+# %% ../nbs/35_load.ipynb #fe3571d5
 def _import_pipeline(card: ModelCard) -> None:
     "Import what draws with diffusers, package by package, so that each gets its row."
-    from transformers import CLIPTextModel  # noqa: F401
+    import transformers
 
+    for _, kind in components(card.folder):
+        getattr(transformers, kind, None)  # which imports it; what is not there is one of diffusers'
     LEDGER.lap("transformers")
     import diffusers
 
-    getattr(diffusers, card.pipeline)
+    if not hasattr(diffusers, card.pipeline):
+        raise ModelError(f"{card.name} is a {card.pipeline}, which diffusers {diffusers.__version__} does not have; "
+                         "choose another model.", lasting=True)
     LEDGER.lap("diffusers")
 
 def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
@@ -79,7 +85,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
 
-# %% ../nbs/35_load.ipynb #a46ad5df
+# %% ../nbs/35_load.ipynb #462007b7
 def _load(chosen: Settings) -> "Engine":
     "Load the model that the settings ask for."
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
@@ -87,7 +93,7 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("check files")
     import_torch()
     LEDGER.lap("torch")
-    device, dtype = place(chosen)
+    device, dtype = place(chosen, card.family.half)
     LEDGER.lap("device")
     card = replace(card, folder=here.folder if here else resolve(chosen))
     if (card.folder / "loras").is_dir():
@@ -100,9 +106,12 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("weights")
     return engine
 
-# %% ../nbs/35_load.ipynb #b4e8e993
+# %% ../nbs/35_load.ipynb #efc40767
 def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
     "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
+    if chosen.engine == "capsule" and not card.family.samplers:
+        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and capsules are for Stable Diffusion 1.x, 2.x and SDXL; "
+                         f"{card.name} is a {card.pipeline}: use 'auto'.", lasting=True)
     places = capsule_places(chosen)
     useful = capsules_in(places) and not for_pipeline_alone(chosen, card)
     if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):

@@ -6,7 +6,7 @@
 __all__ = ['log', 'SPARE', 'peak_bytes', 'Way', 'use_vae', 'activations', 'bytes_of', 'needed', 'Plan', 'ways', 'plan',
            'use_memory']
 
-# %% ../nbs/23_memory.ipynb #860e66bf
+# %% ../nbs/23_memory.ipynb #0e5d743a
 import gc
 import logging
 import weakref
@@ -19,6 +19,8 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .engine import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,7 +65,7 @@ def peak_bytes(
 def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-# %% ../nbs/23_memory.ipynb #aef18fe1
+# %% ../nbs/23_memory.ipynb #9181e958
 @dataclass(frozen=True)
 class Way:
     "How a call is carried out."
@@ -78,7 +80,8 @@ def use_vae(
     "Have a VAE decode image by image, and also tile by tile, each of three quarters of the side that it was made for."
     (vae.disable_slicing if how == "whole" else vae.enable_slicing)()
     (vae.enable_tiling if how == "tiled" else vae.disable_tiling)()
-    if how == "tiled":  # diffusers' own tiles are as large as the picture, and halves cost the embedded model 8 points
+    if how == "tiled" and hasattr(vae, "tile_sample_min_size"):
+        # diffusers' own tiles are as large as the picture, and halves cost the embedded model 8 points
         vae.tile_sample_min_size = 3 * vae.config.sample_size // 4
         vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -178,7 +181,7 @@ def plan(
         tried.sort(key=lambda one: -one[1])
     return Plan(*tried[-1], fits, tuple(tried))
 
-# %% ../nbs/23_memory.ipynb #603081bd
+# %% ../nbs/23_memory.ipynb #9f380657
 def use_memory(
     pipe: "DiffusionPipeline",  # on the processor if `offload` is not "none"
     vae: str = "whole",  # "whole", "sliced" or "tiled"
@@ -188,14 +191,19 @@ def use_memory(
 ) -> str:  # for the answer's "warnings"; empty: all of it is used
     "Set how a pipeline uses memory."
     use_vae(pipe.vae, vae)
-    if channels_last:
-        for part in (pipe.unet, pipe.vae):
-            part.to(memory_format=torch.channels_last)
+    said = _store_channels_last(denoiser_of(pipe), pipe.vae) if channels_last else ""
     if offload == "none":
-        return ""
+        return said
     if device != "cuda":
         log.warning("offload not used: no CUDA device")
-        return f"SDWORKER_OFFLOAD is {offload!r}, which is not used: no CUDA device."
+        return f"{said} SDWORKER_OFFLOAD is {offload!r}, which is not used: no CUDA device.".strip()
     pipe.reset_device_map()
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+    return said
+
+def _store_channels_last(*parts: torch.nn.Module) -> str:
+    if any(weight.ndim == 5 for part in parts for weight in part.parameters()):
+        return "SDWORKER_CHANNELS_LAST is not used: this model has convolutions in three dimensions."
+    for part in parts:
+        part.to(memory_format=torch.channels_last)
     return ""

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/26_presets.ipynb #b3ef1065
+# %% ../nbs/26_presets.ipynb #85752798
 @dataclass(frozen=True)
 class Preset:
     "How a few-step model wants to be used."
     steps: int  # denoising steps
     guidance: float  # guidance scale
-    sampler: str  # a key of `schedulers.SAMPLERS`
+    sampler: str = ""  # a key of `schedulers.SAMPLERS`; empty: the model's own
 
 PRESETS = {
     "turbo": Preset(4, 0.0, "euler_a"),  # huggingface.co/stabilityai/sdxl-turbo: 1 to 4 steps
@@ -37,11 +37,13 @@ def preset_of(
     chosen: str = "auto",  # as in SDWORKER_PRESET
 ) -> Preset | None:
     "The preset that is set, or that the model's name asks for."
+    family = card.family
+    known = PRESETS if family.samplers else {name: Preset(*numbers) for name, numbers in family.few.items()}
     if chosen == "auto":
-        return next((preset for name, preset in PRESETS.items() if name in card.name.lower()), None)
-    return PRESETS.get(chosen)
+        return next((preset for name, preset in known.items() if name in card.name.lower()), None)
+    return known.get(chosen)
 
-# %% ../nbs/26_presets.ipynb #28d18ae3
+# %% ../nbs/26_presets.ipynb #185e73f5
 def with_preset(
     card: ModelCard,
     chosen: str = "auto",  # as in SDWORKER_PRESET
@@ -56,7 +58,7 @@ def use_preset(
     preset: Preset | None,
 ) -> None:
     "Give a pipeline a preset's sampler, with its last step at the end of the noise (`trailing`)."
-    if preset:
+    if preset and preset.sampler:
         from sdworker.engine import scheduler_for  # which imports torch, and a card is read before
 
         own = scheduler_for(pipe.scheduler, preset.sampler)

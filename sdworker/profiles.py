@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSLESS', 'SWITCHES', 'Switch', 'defaults', 'pipeline_for', 'for_pipeline_alone', 'profile_table']
 
-# %% ../nbs/28_profiles.ipynb #19d83a02
+# %% ../nbs/28_profiles.ipynb #743cd783
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from .settings import PROFILES, Settings
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
     import torch
 
-    from sdworker.engine import PipelineEngine
+    from sdworker.whole import FamilyEngine
 
 # %% ../nbs/28_profiles.ipynb #8368ca1b
 LOSSLESS = 40  # dB
@@ -54,23 +54,23 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #ade270df
+# %% ../nbs/28_profiles.ipynb #5e7bea8c
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     weights: "Mapping[str, torch.Tensor] | None" = None,  # as in `load_pipeline`
-) -> "PipelineEngine":
+) -> "FamilyEngine":
     "Load a pipeline with all its switches as they are set."
     from sdworker.attention import use_attention
     from sdworker.compiling import use_compile
-    from sdworker.engine import PipelineEngine
     from sdworker.memory import use_memory
     from sdworker.presets import use_preset
+    from sdworker.whole import FamilyEngine
 
     offloads = chosen.offload != "none" and device == "cuda"
-    engine = PipelineEngine(card, "cpu" if offloads else device, dtype, weights)
+    engine = FamilyEngine(card, "cpu" if offloads else device, dtype, weights)
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
     words = (use_attention(engine.pipe, chosen.attention, device, dtype),
@@ -83,10 +83,10 @@ def for_pipeline_alone(
     chosen: Settings,
     card: ModelCard,
 ) -> bool:
-    "Whether something is set that compiled code does not have."
+    "Whether a model or something that is set is beyond compiled code."
     asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile,
              preset_of(card, chosen.preset))
-    return asked != ("sdpa", "whole", "none", False, "off", None)
+    return not card.family.samplers or asked != ("sdpa", "whole", "none", False, "off", None)
 
 # %% ../nbs/28_profiles.ipynb #ad2ccd61
 def profile_table() -> str:  # Markdown

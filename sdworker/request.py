@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Request', 'RequestError', 'parse_request', 'advice']
 
-# %% ../nbs/40_request.ipynb #d384bd4e
+# %% ../nbs/40_request.ipynb #29572b11
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .card import ModelCard
+from .families import UNKNOWN
 from .schedulers import STAND_INS, sampler_named
 from .settings import Settings, complaint
 
@@ -39,7 +40,7 @@ def _seeds(value: Any) -> Any:
 def _sampler(value: Any) -> Any:
     return sampler_named(value) if isinstance(value, str) else value
 
-# %% ../nbs/40_request.ipynb #37930351
+# %% ../nbs/40_request.ipynb #80bc5629
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -54,18 +55,22 @@ class Request(BaseModel):
     scheduler: Annotated[str | None, BeforeValidator(_sampler)] = None  # by any name; None: the model's own
     seed: Annotated[int | list[int] | None, BeforeValidator(_seeds)] = None  # image k gets seed + k; or a list
     num_images: int = Field(1, ge=1)  # images of each prompt
+    image: Annotated[str | None, AfterValidator(_whole)] = None  # to begin from or to edit: base64, or a data URI
+    mask: Annotated[str | None, AfterValidator(_whole)] = None  # the same; what is white is drawn anew
+    strength: float | None = Field(None, gt=0, le=1)  # how far from `image`; None: 0.6, and 1 with a mask
     image_format: Literal["png", "jpeg", "webp"] | None = None  # of the answer; None: png, which loses nothing
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
     def arguments(self) -> dict[str, Any]:
-        "The request in the words of `engine.generate`."
+        "The request in the words of `engine.generate`, without its pictures."
         return {"prompt": self.prompt, "negative_prompt": self.negative_prompt or "",
                 "width": self.width, "height": self.height, "steps": self.num_inference_steps,
                 "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images,
                 "guidance_end": 1.0 if self.guidance_end is None else self.guidance_end,
-                "sampler": STAND_INS.get(self.scheduler, self.scheduler) or ""}
+                "sampler": STAND_INS.get(self.scheduler, self.scheduler) or "",
+                "strength": self.strength or (1.0 if self.mask else 0.6)}
 
-# %% ../nbs/40_request.ipynb #795e2a34
+# %% ../nbs/40_request.ipynb #f3929c70
 class RequestError(ValueError):
     "A request that cannot be carried out; the message is for its sender."
 
@@ -93,10 +98,31 @@ def _breaches(request: Request, card: ModelCard, limits: Settings) -> Iterator[s
     if request.image_quality and request.image_format in (None, "png"):
         yield (f"image_quality is {request.image_quality}: png loses nothing and has none; name jpeg or webp as "
                "image_format.")
+    yield from _unsuited(request, card)
     if isinstance(request.seed, list) and len(request.seed) != images:
         yield f"seed has {len(request.seed)} entries for {images} images: give one for each, or a single number."
 
-# %% ../nbs/40_request.ipynb #7b2deced
+# %% ../nbs/40_request.ipynb #d05e2fac
+def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
+    "Each field that a model's family has no use for, as a sentence."
+    family, begins = card.family, bool(request.image)
+    if family.edits and not begins:
+        yield f"image is missing; {card.name} edits a picture, and draws none without."
+    if begins and not (family.edits or family.from_image):
+        yield f"image is of no use to {card.name}, which draws from text alone; leave it out."
+    if request.mask and not begins:
+        yield "mask is given without image; give the picture that it belongs to."
+    if request.mask and not family.inpaint:
+        yield f"mask is of no use to {card.name}; leave it out."
+    if request.strength and (family.edits or not begins):
+        yield f"strength is {request.strength:g}: it says how far to go from image, and there is none to begin from."
+    if request.scheduler and not family.samplers:
+        yield f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other; leave it out."
+    if (request.guidance_end or 1) < 1 and (begins or not family.samplers):
+        yield f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with Stable Diffusion " \
+              "1.x, 2.x and SDXL; leave it out."
+
+# %% ../nbs/40_request.ipynb #be948d4d
 def parse_request(
     given: Any,  # a job's "input"
     card: ModelCard,  # of the model that will draw
@@ -109,21 +135,29 @@ def parse_request(
         request = Request(**{str(name).encode("utf-8", "backslashreplace").decode(): value
                              for name, value in given.items()})
     except ValidationError as error:
-        raise RequestError(complaint(error, private=("prompt", "negative_prompt"))) from None
+        raise RequestError(complaint(error, private=("prompt", "negative_prompt", "image", "mask"))) from None
     for breach in _breaches(request, card, limits):
         raise RequestError(breach)
     return request
 
-# %% ../nbs/40_request.ipynb #2f31bacc
+# %% ../nbs/40_request.ipynb #6b1044eb
 def advice(
     request: Request,
     card: ModelCard,
 ) -> list[str]:  # sentences for the response's "warnings"
     "What the sender should know about a request that is carried out."
     size, found = (request.width or card.side, request.height or card.side), []
-    if size != (card.side, card.side):
+    if size != (card.side, card.side) and not request.image:
         found.append(f"The size is {size[0]}x{size[1]}; {card.name} was made for {card.side}x{card.side}, "
                      "and others may look worse.")
+    guidance = card.guidance if request.guidance_scale is None else request.guidance_scale
+    if request.negative_prompt and not (card.family.negative and guidance > 1):
+        found.append("negative_prompt changes nothing: " + (
+            "it acts through guidance, which is off at a guidance_scale of 1 or less." if card.family.negative else
+            f"{card.name} was distilled to do without."))
+    if card.family is UNKNOWN:
+        found.append(f"{card.name} is a {card.pipeline}, which this worker does not know; it is drawn with diffusers' "
+                     "own defaults.")
     if request.scheduler in STAND_INS:
         found.append(f"The scheduler {request.scheduler} is not here; {STAND_INS[request.scheduler]} stands in for it.")
     return found

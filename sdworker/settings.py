@@ -70,7 +70,7 @@ class _Drawn(_Told):
     compile: Literal["off", "reduce-overhead", "regional", "cached"] = Field("off", description=(
         "torch.compile for the pipeline, beside the work; `cached`: from a folder filled by `bake --compile-cache`"))
 
-# %% ../nbs/01_settings.ipynb #6ccf2421
+# %% ../nbs/01_settings.ipynb #03117b67
 PROFILES = {  # what the settings are in a profile, unless they are set themselves
     "fast": {},
     "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
@@ -83,7 +83,7 @@ class Settings(_Drawn):
 
     profile: Literal["fast", "guide", "lowmem"] = Field(
         "fast", description="What the other settings are unless they are set")
-    preset: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm"] = Field(
+    preset: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm", "schnell"] = Field(
         "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(
         "background", description="Load the model beside the SDK's own start, at the first request, or before all")

@@ -47,10 +47,10 @@ import os, time
 os.register_at_fork(before=lambda: print("forked with threads:", len(os.listdir("/proc/self/task")), flush=True))
 import sdworker.handler, sdworker.load
 place = sdworker.load.place
-def slowly(chosen):  # in the loading thread, in the middle of the imports
+def slowly(*asked):  # in the loading thread, in the middle of the imports
     print("loading began", flush=True)
     time.sleep(4)
-    return place(chosen)
+    return place(*asked)
 sdworker.load.place = slowly
 sdworker.handler.start()
 """

@@ -71,11 +71,11 @@ import sdworker.handler, sdworker.load, pathlib, sys
 there = pathlib.Path(sys.argv[1])
 away = there.with_name("away")
 place = sdworker.load.place
-def unmounted(chosen):  # after the files were looked at, before they are read
+def unmounted(*asked):  # after the files were looked at, before they are read
     if away.exists():
         raise SystemError("placed again while the folder is away")
     there.rename(away)
-    return place(chosen)
+    return place(*asked)
 sdworker.load.place = unmounted
 handler = sdworker.handler.handler
 def and_back(job):

@@ -1,0 +1,114 @@
+"""Each family of models, in miniature, through the handler: shapes, seeds, batches, pictures, switches, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdworker.card import read_card
+from sdworker.families import FAMILIES
+from sdworker.images import data_uri, from_data_uri
+from sdworker.miniatures import MINIATURES, miniature
+
+RED, BLUE, MASK = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
+MASK.paste(255, (32, 0, 64, 64))
+WORKER = """
+import json, logging, sys
+from sdworker.handler import handler
+logging.basicConfig(level="INFO", format="%(message)s")
+jobs = json.load(sys.stdin)
+json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)
+"""
+
+
+def pixels(answer: dict) -> list[np.ndarray]:
+    assert "images" in answer, answer
+    return [np.asarray(from_data_uri(image), int) for image in answer["images"]]
+
+
+def handled(model: Path | str, jobs: dict[str, dict], **environment: str) -> tuple[dict, str]:
+    "Answers of a worker's handler in a process of its own, by the jobs' names, and its log."
+    asked = {name: {"prompt": "a red star", "seed": 7} | given for name, given in jobs.items()}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], input=json.dumps(asked), text=True,
+                          capture_output=True, env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("pipeline", [name for name in MINIATURES if "Edit" not in name])
+def test_a_family_draws_through_the_handler(pipeline, tmp_path):
+    folder = miniature(pipeline, tmp_path / "tiny")
+    family, known = read_card(folder).family, pipeline in FAMILIES
+    answers, log = handled(folder, {
+        "batch": {"width": 64, "height": 48, "num_images": 3}, "alone": {"width": 64, "height": 48, "seed": 8},
+        "unwanted": {"negative_prompt": "blue"}, "plain": {}, "unguided": {"guidance_scale": 1.0,
+                                                                           "negative_prompt": "blue"},
+        "sampler": {"scheduler": "euler"}, "odd": {"width": 50}, "strength": {"strength": 0.5},
+        "end": {"guidance_end": 0.5},
+    }, SDWORKER_ATTENTION="math")
+    batch, (alone,) = pixels(answers["batch"]), pixels(answers["alone"])
+    assert answers["batch"]["seeds"] == [7, 8, 9] and {image.shape for image in batch} == {(48, 64, 3)}
+    assert np.abs(batch[1] - alone).max() <= 2, "the same alone and in company"
+    assert np.abs(batch[0] - batch[1]).max() > 2
+    assert pixels(answers["plain"])[0].shape == (64, 64, 3), "the side that the model was made for"
+    changed = np.abs(pixels(answers["unwanted"])[0] - pixels(answers["plain"])[0]).max() > 0
+    warned = [" ".join(answers[name]["warnings"]) for name in ("unwanted", "unguided")]
+    assert changed == family.negative and ("negative_prompt changes nothing" in warned[0]) != family.negative
+    assert "negative_prompt changes nothing" in warned[1]
+    assert ("which this worker does not know" in warned[0]) != known
+    refused = {name: answers[name]["error"] for name in ("odd", "strength")}
+    assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
+    assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == family.samplers
+    assert ("math enabled" in log) != ("math not used: this model's layers have their own" in log)
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *(
+    name for name, family in FAMILIES.items() if family.from_image and name in MINIATURES)])
+def test_a_family_begins_from_a_picture(pipeline, tmp_path):
+    folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else "embedded"
+    red, mask, steps = data_uri(RED), data_uri(MASK), {"num_inference_steps": 4}
+    answers, _ = handled(folder, {
+        f"{name}, {strength}": {"image": data_uri(image), "strength": strength} | steps
+        for name, image in (("red", RED), ("blue", BLUE)) for strength in (0.3, 1.0)} | {
+        "both": {"image": red, "num_images": 2, "strength": 0.9} | steps,
+        "second": {"image": red, "seed": 8, "strength": 0.9} | steps,
+        "wide": {"image": data_uri(RED.resize((128, 64)))} | steps, "half": {"image": red, "mask": mask},
+        "address": {"image": "http://127.0.0.1:1/x.png"}, "broken": {"image": red[:100]}, "mask alone": {"mask": mask},
+    })
+    second, wide, half = (pixels(answers[name])[0] for name in ("second", "wide", "half"))
+    near, far = (np.abs(pixels(answers[f"red, {strength}"])[0] - pixels(answers[f"blue, {strength}"])[0]).mean()
+                 for strength in (0.3, 1.0))
+    assert near > far, "with more noise less is left of what was begun from"
+    assert np.abs(pixels(answers["both"])[1] - second).max() <= 2
+    start = np.asarray(RED, int)
+    assert wide.shape[1] > wide.shape[0], "the picture's shape, and about the model's area"
+    assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
+    assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
+    assert answers["mask alone"]["error"].startswith("mask is given without image")
+
+
+def test_a_picture_is_edited(tmp_path):
+    folder = miniature("QwenImageEditPipeline", tmp_path / "tiny")
+    answers, _ = handled(folder, {
+        "red": {"image": data_uri(RED), "width": 64, "height": 48}, "none": {},
+        "blue": {"image": data_uri(BLUE), "width": 64, "height": 48},
+        "strength": {"image": data_uri(RED), "strength": 0.5}, "mask": {"image": data_uri(RED), "mask": data_uri(MASK)},
+    })
+    (red,), (blue,) = pixels(answers["red"]), pixels(answers["blue"])
+    assert red.shape == (48, 64, 3) and np.abs(red - blue).max() > 0, "it looks at the picture"
+    assert answers["none"]["error"].startswith("image is missing")
+    assert answers["strength"]["error"].startswith("strength is 0.5")
+    assert "mask is of no use" in answers["mask"]["error"]
+
+
+def test_a_class_that_diffusers_does_not_have_is_named(tmp_path):
+    folder = miniature("PixArtSigmaPipeline", tmp_path / "tiny")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("PixArtSigmaPipeline", "NoSuchPipeline"))
+    answers, _ = handled(folder, {"first": {}})
+    assert "is a NoSuchPipeline, which diffusers" in answers["first"]["error"] and answers["first"]["refresh_worker"]
