@@ -67,15 +67,18 @@ class Beside:
                 self.code = self.shadow
         return self.code
 
-# %% ../nbs/27a_compiling.ipynb #c35acc3e
+# %% ../nbs/27a_compiling.ipynb #a66e249d
 def why_not_compiled(
     mode: str,  # "reduce-overhead", "regional" or "cached"
     card: ModelCard,
     device: str,  # "cpu" or "cuda"
     dtype: str,
     offload: str = "none",  # as in the settings
+    other: str = "",  # another switch that is on and that compiled code does not have
 ) -> str:  # empty: it can be
     "Why a denoiser cannot be compiled here."
+    if other:
+        return f"{other} is on"
     if offload != "none":
         return f"the model is offloaded ({offload})"
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -89,11 +92,12 @@ def use_compile(
     device: str = "cpu",
     dtype: str = "float32",
     offload: str = "none",
+    other: str = "",
 ) -> str:  # for the answer's "warnings"; empty: it will be used as soon as it is ready
     "Have a pipeline's denoiser compiled beside the work, once `prepare` is called."
     if mode == "off":
         return ""
-    if reason := why_not_compiled(mode, card, device, dtype, offload):
+    if reason := why_not_compiled(mode, card, device, dtype, offload, other):
         log.warning("not compiled: %s", reason)
         return f"SDWORKER_COMPILE is {mode!r}, which is not used: {reason}."
     Beside(getattr(pipe, card.denoiser), mode)

@@ -7,7 +7,7 @@ __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'load_pipeline
            'encode_prompts', 'scheduler_for', 'denoise', 'to_pixels', 'as_bytes', 'decode', 'PipelineEngine',
            'image_seeds', 'fit', 'Picture', 'Drawn', 'memory_is_out', 'in_batches', 'generate']
 
-# %% ../nbs/20_engine.ipynb #533bdcea
+# %% ../nbs/20_engine.ipynb #67e6190e
 import copy
 import logging
 import math
@@ -27,7 +27,7 @@ from .measure import Timings
 from .schedulers import SAMPLERS
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig, SchedulerMixin
 
 log = logging.getLogger("sdworker")
 
@@ -78,12 +78,13 @@ class Engine(Protocol):
     def pick(self, shape: Shape, images: int) -> tuple["Engine", str]:
         "What draws such images in one call, and why, if that deserves a word; or raise `Unsuited`."
 
-# %% ../nbs/20_engine.ipynb #d6adca69
+# %% ../nbs/20_engine.ipynb #98b6d57a
 def load_pipeline(
     card: ModelCard,
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     weights: Mapping[str, torch.Tensor] | None = None,  # on the device already, to be shared: "unet.conv_in.weight"
+    quantization: "PipelineQuantizationConfig | None" = None,  # see `quantize`
 ) -> "DiffusionPipeline":  # on the device, its progress bar off
     "Load a diffusers pipeline from safetensors straight onto the device, or raise `ModelError`."
     from diffusers import DiffusionPipeline
@@ -97,6 +98,7 @@ def load_pipeline(
     index = read_json(card.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
     extra |= {"add_watermarker": False} if "XL" in card.pipeline else {}
+    extra |= {"quantization_config": quantization} if quantization else {}
     extra |= {"processor": None} if "processor" in index else {}  # transformers' own wants torchvision
     try:
         built = _on_weights(card, weights) if weights else {}
@@ -246,13 +248,14 @@ def decode(
     "Turn latents into pixels, in the machine's own memory."
     return to_pixels(pipe.vae, latents).cpu().numpy()
 
-# %% ../nbs/20_engine.ipynb #e976c6b4
+# %% ../nbs/20_engine.ipynb #aefbca2d
 class PipelineEngine:
     "Draws from noise with a diffusers pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
     def __init__(self, card: ModelCard, device: str = "cpu", dtype: str = "float32",
-                 weights: Mapping[str, torch.Tensor] | None = None):
-        self.card, self.device, self.dtype = card, device, dtype
-        self.pipe, self.instead = load_pipeline(card, device, dtype, weights), ""  # why it stands in for another
+                 weights: Mapping[str, torch.Tensor] | None = None,
+                 quantization: "PipelineQuantizationConfig | None" = None):
+        self.card, self.device, self.dtype, self.instead = card, device, dtype, ""  # why it stands in for another
+        self.pipe = load_pipeline(card, device, dtype, weights, quantization)
 
     def pick(self, shape, images):
         return self, self.instead

@@ -17,9 +17,11 @@ from typing import Any
 
 from .imports import StandIn, standing_in
 
-# %% ../nbs/32_lean.ipynb #e0c8bd02
+# %% ../nbs/32_lean.ipynb #0e357a35
 _DYNAMO, _TRACE = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
 _SHAPE_CHECKS = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious")
+
+_UNUSED = ("boto3", "torchao", "bitsandbytes", "peft")  # imported wherever they are installed
 
 def _unmarked(thing: Any = None, **options: Any) -> Any:
     "A decorator for the compiler, with or without options, that leaves a function as it is."
@@ -41,7 +43,7 @@ def _stand_ins() -> dict[str, ModuleType | None]:
     shapes = StandIn("torch.fx.experimental.symbolic_shapes", **dict.fromkeys(_SHAPE_CHECKS, _so), sym_eq=_same,
                      is_nested_int=lambda size: False)
     masks = StandIn(_TRACE, TransformGetItemToIndex=_mask_context)
-    return {module.__name__: module for module in (compiler, shapes, masks)} | {"boto3": None}
+    return {module.__name__: module for module in (compiler, shapes, masks)} | dict.fromkeys(_UNUSED)
 
 # %% ../nbs/32_lean.ipynb #8bd4a161
 class Later(Mapping):

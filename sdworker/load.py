@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'model_card', 'place', 'make_capsule_behind', 'initialize_model', 'begin_loading']
 
-# %% ../nbs/35_load.ipynb #dd9e59e8
+# %% ../nbs/35_load.ipynb #f26b2465
 import logging
 import os
 import subprocess
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,7 +60,7 @@ def place(
     dtype = chosen.dtype if chosen.dtype != "auto" else half if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/35_load.ipynb #fe3571d5
+# %% ../nbs/35_load.ipynb #e29e9116
 def _import_pipeline(card: ModelCard) -> None:
     "Import what draws with diffusers, package by package, so that each gets its row."
     import transformers
@@ -77,7 +77,7 @@ def _import_pipeline(card: ModelCard) -> None:
 
 def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     "Load the pipeline, with weights to be shared if there are any."
-    with lean():
+    with lean() if settings().quantize == "off" else nullcontext():  # what quantizes needs all of torch
         _import_pipeline(card)
         try:
             return pipeline_for(settings(), card, device, dtype, **more)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 
     from sdworker.whole import FamilyEngine
 
-# %% ../nbs/28_profiles.ipynb #8368ca1b
+# %% ../nbs/28_profiles.ipynb #fe3f8578
 LOSSLESS = 40  # dB
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ SWITCHES = {
     "offload: sequential": Switch({"offload": "sequential"}),
     "compile: regional": Switch({"compile": "regional"}),
     "compile: cached": Switch({"compile": "cached"}),
+    "step cache: 2": Switch({"step_cache": 2}, least=25),
+    "quantize: int8": Switch({"quantize": "int8"}),
+    "quantize: fp8": Switch({"quantize": "fp8"}, least=35),
+    "quantize: nf4": Switch({"quantize": "nf4"}, least=20),
     "bfloat16": Switch({"dtype": "bfloat16"}, least=35),
     "capsule": Switch({"engine": "capsule"}),
     "DPM++ 2M, 12 steps": Switch(request={"sampler": "dpmpp_2m", "steps": 12}, least=25),
@@ -54,7 +58,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #5e7bea8c
+# %% ../nbs/28_profiles.ipynb #1c8410c0
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -67,15 +71,20 @@ def pipeline_for(
     from sdworker.compiling import use_compile
     from sdworker.memory import use_memory
     from sdworker.presets import use_preset
+    from sdworker.quantize import quantization
+    from sdworker.stepcache import use_step_cache
     from sdworker.whole import FamilyEngine
 
     offloads = chosen.offload != "none" and device == "cuda"
-    engine = FamilyEngine(card, "cpu" if offloads else device, dtype, weights)
+    fewer, said = quantization(chosen.quantize, card, device)
+    engine = FamilyEngine(card, "cpu" if offloads else device, dtype, weights, fewer)
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
-    words = (use_attention(engine.pipe, chosen.attention, device, dtype),
+    words = (said, use_step_cache(engine, chosen.step_cache),
+             use_attention(engine.pipe, chosen.attention, device, dtype),
              use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
-             use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload))
+             use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
+                         "SDWORKER_QUANTIZE" if fewer else "SDWORKER_STEP_CACHE" if chosen.step_cache > 1 else ""))
     engine.instead = " ".join(filter(None, words))
     return engine
 
@@ -85,8 +94,8 @@ def for_pipeline_alone(
 ) -> bool:
     "Whether a model or something that is set is beyond compiled code."
     asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile,
-             preset_of(card, chosen.preset))
-    return not card.family.samplers or asked != ("sdpa", "whole", "none", False, "off", None)
+             chosen.quantize, chosen.step_cache, preset_of(card, chosen.preset))
+    return not card.family.samplers or asked != ("sdpa", "whole", "none", False, "off", "off", 1, None)
 
 # %% ../nbs/28_profiles.ipynb #ad2ccd61
 def profile_table() -> str:  # Markdown

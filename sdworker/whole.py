@@ -93,11 +93,12 @@ def _kept(pixels: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
     anew = stack(given["mask_image"], "L")[..., None] >= 128
     return torch.where(anew, pixels, stack(given["image"], "RGB"))
 
-# %% ../nbs/21a_whole.ipynb #2fe6d1da
+# %% ../nbs/21a_whole.ipynb #5ac62644
 class FamilyEngine(PipelineEngine):
     "Draws with a diffusers pipeline of any class, from noise or from pictures."
     def __init__(self, *args: Any, **named: Any):
         super().__init__(*args, **named)
+        self.begin = lambda: None  # called before each denoising
         if "processor" in self.pipe.config:
             vars(self.pipe)["processor"] = PictureReader(self.card.folder / "processor", self.pipe.tokenizer)
 
@@ -113,6 +114,7 @@ class FamilyEngine(PipelineEngine):
         return super().encode(shots, shape) if self._apart(shape) else {}
 
     def denoise(self, encoded, shots, shape, on_step=None):
+        self.begin()
         if self._apart(shape):
             return super().denoise(encoded, shots, shape, on_step)
         return draw_whole(self._pipe(shape), self.card.family, shots, shape, on_step)
