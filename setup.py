@@ -8,7 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 meta = parser["DEFAULT"]
-extras = {name: meta[f"{name}_requirements"].split() for name in ("gpu", "notebooks", "docs", "dev")}
+extras = {name: meta[f"{name}_requirements"].split() for name in ("gpu", "quantize", "notebooks", "docs", "dev")}
 
 setup(
     name=meta["lib_name"],

@@ -325,7 +325,7 @@ def parse_extras(
         found.append(Extra(*match.groups(default="")))
     return found
 
-# %% ../nbs/11_bake.ipynb #a8625111
+# %% ../nbs/11_bake.ipynb #60aa2661
 def _wants_fp16_vae(index: dict, vae: dict, variant: str) -> bool:
     "Whether a pipeline's VAE is SDXL's own, in the precision in which it overflows."
     return (variant == "fp16" and "XL" in index["_class_name"] and vae.get("force_upcast", True)
@@ -338,9 +338,10 @@ def _extra_files(extra: Extra, kinds: dict[str, str], variant: str) -> list[_Fil
         if extra.path not in files:
             raise ModelError(f"{extra.repository} has no file {extra.path} at {extra.revision}.", lasting=True)
         return [replace(files[extra.path], file=f"loras/{Path(extra.path).name}")]
+    kinds = kinds | {"refiner": "UNet2DConditionModel"}  # a second model's UNet; the rest of it is the first one's
     if extra.name not in kinds:
-        raise ModelError(f"the model has no component {extra.name}; it has {', '.join(kinds)}.", lasting=True)
-    folder = extra.path or "."
+        raise ModelError(f"the model has no component {extra.name}; there can be {', '.join(kinds)}.", lasting=True)
+    folder = extra.path or ("unet" if extra.name == "refiner" else ".")
     inside = {f"{extra.name}/{Path(name).name}": name for name in files if str(Path(name).parent) == folder}
     wanted = needed(inside, {extra.name: kinds[extra.name]}, variant)
     return [replace(files[inside[name]], file=name) for name in wanted if "/" in name]

@@ -297,7 +297,7 @@ def denoise_by_table(
     random = [seeded(shot.seed) for shot in shots]
     return run_table(table, denoiser, size, random, dtype, engine.device, on_step)
 
-# %% ../nbs/24_capsule.ipynb #25d2263b
+# %% ../nbs/24_capsule.ipynb #67e25710
 def beyond(
     engine: CapsuleEngine,
     shape: Shape,
@@ -307,6 +307,8 @@ def beyond(
     limits = engine.about["key"]["ranges"]
     if shape.begins != "noise":
         return "it begins from a picture, and the capsule draws from noise"
+    if shape.refine_from < 1:
+        return "it wants a refiner, which the capsule does not have"
     least, most, unit = limits["side"]
     for name in ("width", "height"):
         if not least <= getattr(shape, name) <= most or getattr(shape, name) % unit:

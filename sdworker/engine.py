@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/20_engine.ipynb #f0431072
+# %% ../nbs/20_engine.ipynb #b12aeb11
 @dataclass(frozen=True)
 class Shot:
     "One image to draw."
@@ -52,6 +52,7 @@ class Shape:
     guidance_end: float = 1.0  # 0..1; share of the steps after which guidance is off
     begins: Literal["noise", "image", "mask"] = "noise"  # what of its shots is used
     strength: float = 0.6  # 0..1; how much of the noise is added to a picture that is begun from
+    refine_from: float = 1.0  # 0..1; share of the noise after which a refiner draws
 
     @property
     def guided(self) -> int:
@@ -193,15 +194,16 @@ def scheduler_for(
     name, changed = SAMPLERS[sampler]
     return getattr(diffusers, name).from_config(own.config, **changed)
 
-# %% ../nbs/20_engine.ipynb #6e60efaf
+# %% ../nbs/20_engine.ipynb #7b751c7b
 def denoise(
     pipe: "DiffusionPipeline",
     encoded: Encoded,
     shots: Sequence[Shot],
     shape: Shape,
     on_step: OnStep | None = None,
+    **more: Any,  # arguments of the pipeline
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
-    "Run the denoiser from pure noise."
+    "Run the denoiser, from pure noise if nothing else is said."
     halved = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
               if name in pipe._callback_tensor_inputs] if 0 < shape.guided < shape.steps else []
     def report(own, step, timestep, tensors):
@@ -217,7 +219,7 @@ def denoise(
         **encoded, width=shape.width, height=shape.height, num_inference_steps=shape.steps,
         guidance_scale=shape.guidance if shape.guided else 1.0, output_type="latent", callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=halved,
-        generator=[torch.Generator().manual_seed(shot.seed) for shot in shots]).images
+        generator=[torch.Generator().manual_seed(shot.seed) for shot in shots], **more).images
 
 # %% ../nbs/20_engine.ipynb #2ab4cee1
 def to_pixels(
@@ -342,7 +344,7 @@ def in_batches(
     return [f"More images in one call than {halved} do not fit into memory; set SDWORKER_MAX_BATCH to {halved} to "
             "save the attempts."] if halved else []
 
-# %% ../nbs/20_engine.ipynb #8dcaaefc
+# %% ../nbs/20_engine.ipynb #c0a52adc
 def generate(
     engine: Engine,
     prompt: str | Sequence[str],
@@ -359,6 +361,7 @@ def generate(
     image: Image.Image | None = None,  # to begin from, or to edit
     mask: Image.Image | None = None,  # of the same size; what is white is drawn anew
     strength: float = 0.6,  # 0..1; how much noise is added to a picture that is begun from
+    refine_from: float | None = None,  # 0..1; share of the noise after which a refiner draws; default: 0.8, if there is
     on_step: OnStep | None = None,  # hears steps of single images, done and in all
     on_picture: Callable[[Picture], None] = lambda picture: None,  # hears of each as soon as its batch is done
 ) -> Drawn:
@@ -369,7 +372,7 @@ def generate(
     own = fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
     shape = Shape(width or own[0], height or own[1], steps or card.steps,
                   card.guidance if guidance is None else guidance, sampler, guidance_end,
-                  "mask" if mask else "image" if image else "noise", strength)
+                  "mask" if mask else "image" if image else "noise", strength, _refined(engine, image, refine_from))
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
     seeds = image_seeds(seed, len(prompts))
     shots = [Shot(p, s, negative_prompt, image, mask) for p, s in zip(prompts, seeds, strict=True)]
@@ -383,7 +386,13 @@ def generate(
     halved = in_batches(shots, min(max_batch, card.family.batch), draw)
     return Drawn(pictures, timings, [reason] * bool(reason) + halved)
 
-# %% ../nbs/20_engine.ipynb #6563192c
+# %% ../nbs/20_engine.ipynb #a86396e9
+def _refined(engine: Engine, image: Image.Image | None, asked: float | None) -> float:
+    "From where a refiner draws: never over a picture that is begun from, unless asked to."
+    if asked is not None:
+        return asked
+    return 0.8 if getattr(engine, "refine", None) and not image else 1.0
+
 def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
     "Draw one batch."
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .card import UNUSED, ModelError, read_entry, read_json
 
-# %% ../nbs/06_files.ipynb #a8b31d51
+# %% ../nbs/06_files.ipynb #de3b4ffd
 _SMALL = ("Tokenizer", "Scheduler", "Processor", "Extractor")  # in the names of classes without weights
 
 def has_weights(
@@ -34,6 +34,8 @@ def components(
                 raise ModelError(f"{folder}/model_index.json has a component {name!r}, which is no component's name.",
                                  lasting=True)
             yield name, entry[1]
+    if (folder / "refiner").is_dir():  # baked beside the model
+        yield "refiner", "UNet2DConditionModel"
 
 def stays_inside(
     name: str,  # of a file, as a listing gives it

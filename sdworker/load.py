@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'model_card', 'place', 'make_capsule_behind', 'initialize_model', 'begin_loading']
 
-# %% ../nbs/35_load.ipynb #f26b2465
+# %% ../nbs/35_load.ipynb #3986c2aa
 import logging
 import os
 import subprocess
@@ -24,7 +24,7 @@ from .cache import capsule_places, capsules_in
 from .card import ModelCard, ModelError, Unsuited, read_card
 from .files import components
 from .imports import without_collector
-from .lean import import_torch, lean
+from .lean import import_torch, lean, whole_torch
 from .ledger import LEDGER
 from .presets import with_preset
 from .profiles import for_pipeline_alone, pipeline_for
@@ -60,7 +60,7 @@ def place(
     dtype = chosen.dtype if chosen.dtype != "auto" else half if device == "cuda" else "float32"
     return device, dtype
 
-# %% ../nbs/35_load.ipynb #e29e9116
+# %% ../nbs/35_load.ipynb #e85540f3
 def _import_pipeline(card: ModelCard) -> None:
     "Import what draws with diffusers, package by package, so that each gets its row."
     import transformers
@@ -77,7 +77,8 @@ def _import_pipeline(card: ModelCard) -> None:
 
 def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     "Load the pipeline, with weights to be shared if there are any."
-    with lean() if settings().quantize == "off" else nullcontext():  # what quantizes needs all of torch
+    whole_torch()
+    with lean() if settings().quantize == "off" else nullcontext():  # what quantizes wants what lean keeps away
         _import_pipeline(card)
         try:
             return pipeline_for(settings(), card, device, dtype, **more)
@@ -85,7 +86,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
 
-# %% ../nbs/35_load.ipynb #462007b7
+# %% ../nbs/35_load.ipynb #a98f8e7b
 def _load(chosen: Settings) -> "Engine":
     "Load the model that the settings ask for."
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
@@ -96,8 +97,6 @@ def _load(chosen: Settings) -> "Engine":
     device, dtype = place(chosen, card.family.half)
     LEDGER.lap("device")
     card = replace(card, folder=here.folder if here else resolve(chosen))
-    if (card.folder / "loras").is_dir():
-        log.warning("the LoRAs in %s are not applied; this version cannot", card.folder / "loras")
     LEDGER.lap("download")
     engine, reason = _capsule(chosen, card, device, dtype)
     if not engine:

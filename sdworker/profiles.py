@@ -58,7 +58,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #1c8410c0
+# %% ../nbs/28_profiles.ipynb #ee8807ed
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -67,6 +67,7 @@ def pipeline_for(
     weights: "Mapping[str, torch.Tensor] | None" = None,  # as in `load_pipeline`
 ) -> "FamilyEngine":
     "Load a pipeline with all its switches as they are set."
+    from sdworker.addons import use_addons
     from sdworker.attention import use_attention
     from sdworker.compiling import use_compile
     from sdworker.memory import use_memory
@@ -80,7 +81,7 @@ def pipeline_for(
     engine = FamilyEngine(card, "cpu" if offloads else device, dtype, weights, fewer)
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
-    words = (said, use_step_cache(engine, chosen.step_cache),
+    words = (said, use_addons(engine, chosen.lora_scale, bool(fewer)), use_step_cache(engine, chosen.step_cache),
              use_attention(engine.pipe, chosen.attention, device, dtype),
              use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
              use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
@@ -95,7 +96,8 @@ def for_pipeline_alone(
     "Whether a model or something that is set is beyond compiled code."
     asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile,
              chosen.quantize, chosen.step_cache, preset_of(card, chosen.preset))
-    return not card.family.samplers or asked != ("sdpa", "whole", "none", False, "off", "off", 1, None)
+    beside = any((card.folder / name).is_dir() for name in ("loras", "refiner"))
+    return not card.family.samplers or beside or asked != ("sdpa", "whole", "none", False, "off", "off", 1, None)
 
 # %% ../nbs/28_profiles.ipynb #ad2ccd61
 def profile_table() -> str:  # Markdown

@@ -40,7 +40,7 @@ def _seeds(value: Any) -> Any:
 def _sampler(value: Any) -> Any:
     return sampler_named(value) if isinstance(value, str) else value
 
-# %% ../nbs/40_request.ipynb #80bc5629
+# %% ../nbs/40_request.ipynb #6af60d06
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -58,6 +58,7 @@ class Request(BaseModel):
     image: Annotated[str | None, AfterValidator(_whole)] = None  # to begin from or to edit: base64, or a data URI
     mask: Annotated[str | None, AfterValidator(_whole)] = None  # the same; what is white is drawn anew
     strength: float | None = Field(None, gt=0, le=1)  # how far from `image`; None: 0.6, and 1 with a mask
+    refine_from: float | None = Field(None, ge=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
     image_format: Literal["png", "jpeg", "webp"] | None = None  # of the answer; None: png, which loses nothing
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
@@ -68,7 +69,7 @@ class Request(BaseModel):
                 "guidance": self.guidance_scale, "seed": self.seed, "n": self.num_images,
                 "guidance_end": 1.0 if self.guidance_end is None else self.guidance_end,
                 "sampler": STAND_INS.get(self.scheduler, self.scheduler) or "",
-                "strength": self.strength or (1.0 if self.mask else 0.6)}
+                "refine_from": self.refine_from, "strength": self.strength or (1.0 if self.mask else 0.6)}
 
 # %% ../nbs/40_request.ipynb #f3929c70
 class RequestError(ValueError):

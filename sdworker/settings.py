@@ -69,7 +69,7 @@ def quantized_parts(
         found[name or "denoiser"] = kind
     return found
 
-# %% ../nbs/01_settings.ipynb #8ead170d
+# %% ../nbs/01_settings.ipynb #a5425f95
 class _Drawn(_Told):
     "What draws."
     engine: Literal["auto", "capsule", "pipeline"] = Field("auto", description=(
@@ -85,6 +85,7 @@ class _Drawn(_Told):
     channels_last: bool = Field(False, description="Store convolution weights of the pipeline channels last")
     compile: Literal["off", "reduce-overhead", "regional", "cached"] = Field("off", description=(
         "torch.compile for the pipeline, beside the work; `cached`: from a folder filled by `bake --compile-cache`"))
+    lora_scale: float = Field(1.0, ge=0, le=2, description="How strongly the LoRAs among the extras are added")
     step_cache: int = Field(1, ge=1, le=10, description=(
         "Denoising steps of which one is computed in full, and the others reuse its deep layers; 1: all are"))
     quantize: str = Field("off", description=(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sibling', 'arguments', 'draw_whole', 'FamilyEngine', 'PictureReader']
 
-# %% ../nbs/21a_whole.ipynb #1fb0af0b
+# %% ../nbs/21a_whole.ipynb #075dba22
 import copy
 import inspect
 import re
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .card import ModelError
+from .card import ModelError, Unsuited
 from .engine import OnStep, PipelineEngine, Shape, Shot, scheduler_for
 from .families import Family
 
@@ -93,12 +93,13 @@ def _kept(pixels: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
     anew = stack(given["mask_image"], "L")[..., None] >= 128
     return torch.where(anew, pixels, stack(given["image"], "RGB"))
 
-# %% ../nbs/21a_whole.ipynb #5ac62644
+# %% ../nbs/21a_whole.ipynb #fc466984
 class FamilyEngine(PipelineEngine):
     "Draws with a diffusers pipeline of any class, from noise or from pictures."
     def __init__(self, *args: Any, **named: Any):
         super().__init__(*args, **named)
         self.begin = lambda: None  # called before each denoising
+        self.refine = None  # a `Refiner`, if there is one
         if "processor" in self.pipe.config:
             vars(self.pipe)["processor"] = PictureReader(self.card.folder / "processor", self.pipe.tokenizer)
 
@@ -110,11 +111,19 @@ class FamilyEngine(PipelineEngine):
         kind = {"image": family.from_image, "mask": family.inpaint}.get(shape.begins, "")
         return sibling(self.pipe, kind) if kind else self.pipe
 
+    def pick(self, shape, images):
+        if shape.refine_from < 1 and not (self.refine and shape.begins == "noise" and shape.guided in (0, shape.steps)):
+            raise Unsuited("refine_from is for a model with a refiner (see SDWORKER_EXTRAS), for pictures from noise, "
+                           "and without guidance_end; leave it out, or give 1.")
+        return super().pick(shape, images)
+
     def encode(self, shots, shape):
         return super().encode(shots, shape) if self._apart(shape) else {}
 
     def denoise(self, encoded, shots, shape, on_step=None):
         self.begin()
+        if shape.refine_from < 1:
+            return self.refine(encoded, shots, shape, on_step)
         if self._apart(shape):
             return super().denoise(encoded, shots, shape, on_step)
         return draw_whole(self._pipe(shape), self.card.family, shots, shape, on_step)

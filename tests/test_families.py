@@ -1,43 +1,17 @@
 """Each family of models, in miniature, through the handler: shapes, seeds, batches, pictures, switches, refusals."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from handled import handled, pixels
 from PIL import Image
 
 from sdworker.card import read_card
 from sdworker.families import FAMILIES
-from sdworker.images import data_uri, from_data_uri
+from sdworker.images import data_uri
 from sdworker.miniatures import MINIATURES, miniature
 
 RED, BLUE, MASK = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
 MASK.paste(255, (32, 0, 64, 64))
-WORKER = """
-import json, logging, sys
-from sdworker.handler import handler
-logging.basicConfig(level="INFO", format="%(message)s")
-jobs = json.load(sys.stdin)
-json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)
-"""
-
-
-def pixels(answer: dict) -> list[np.ndarray]:
-    assert "images" in answer, answer
-    return [np.asarray(from_data_uri(image), int) for image in answer["images"]]
-
-
-def handled(model: Path | str, jobs: dict[str, dict], **environment: str) -> tuple[dict, str]:
-    "Answers of a worker's handler in a process of its own, by the jobs' names, and its log."
-    asked = {name: {"prompt": "a red star", "seed": 7} | given for name, given in jobs.items()}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], input=json.dumps(asked), text=True,
-                          capture_output=True, env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return json.loads(done.stdout), done.stderr
 
 
 @pytest.mark.parametrize("pipeline", [name for name in MINIATURES if "Edit" not in name])

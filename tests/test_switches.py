@@ -67,7 +67,8 @@ def state(engine):
     pipe = engine.pipe
     attention = {(type(one).__name__, str(getattr(one, "backend", ""))) for one in pipe.unet.attn_processors.values()}
     return (attention, pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.dtype, hasattr(pipe.unet, "_hf_hook"),
-            pipe.unet.conv_in.weight.stride(), type(pipe.unet.forward).__name__)
+            pipe.unet.conv_in.weight.stride(), type(pipe.unet.forward).__name__, pipe.unet.mid_block.forward.__name__,
+            type(pipe.unet.time_embedding.linear_1.weight).__name__)
 
 
 @pytest.mark.parametrize("name", SWITCHES)

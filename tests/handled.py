@@ -1,0 +1,34 @@
+"""Jobs through a worker's handler in a process of its own, without the SDK's pauses between them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sdworker.images import from_data_uri
+
+WORKER = """
+import json, logging, sys
+from sdworker.handler import handler
+logging.basicConfig(level="INFO", format="%(message)s")
+jobs = json.load(sys.stdin)
+json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)
+print("imported:", *(name for name in ("torchao", "peft", "diffusers") if name in sys.modules), file=sys.stderr)
+"""
+
+
+def pixels(answer: dict) -> list[np.ndarray]:
+    assert "images" in answer, answer
+    return [np.asarray(from_data_uri(image), int) for image in answer["images"]]
+
+
+def handled(model: Path | str, jobs: dict[str, dict], **environment: str) -> tuple[dict, str]:
+    "Answers of a worker's handler in a process of its own, by the jobs' names, and its log."
+    asked = {name: {"prompt": "a red star", "seed": 7} | given for name, given in jobs.items()}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], input=json.dumps(asked), text=True,
+                          capture_output=True, env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return json.loads(done.stdout), done.stderr

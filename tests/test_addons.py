@@ -1,0 +1,60 @@
+"""Weights in fewer bits, LoRAs, a refiner and a step cache, through the handler of a worker."""
+
+import numpy as np
+import pytest
+import torch
+from handled import handled, pixels
+from safetensors.torch import save_file
+
+from sdworker.measure import psnr
+from sdworker.miniatures import miniature, with_refiner
+
+PLAIN = {"plain": {"prompt": "a large red star on a blue background"}}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """The plain picture, drawn by a worker that nobody asked for anything else."""
+    answers, log = handled("embedded", PLAIN)
+    assert answers["plain"]["warnings"] == [] and "imported: diffusers\n" in log, "neither torchao nor peft"
+    return pixels(answers["plain"])[0]
+
+
+@pytest.mark.parametrize(("setting", "value", "said"), [
+    ("QUANTIZE", "int8", ""), ("QUANTIZE", "denoiser=int8,text_encoder_2=int8", ""),
+    ("QUANTIZE", "nf4", "nf4 needs a CUDA device"), ("STEP_CACHE", "2", ""), ("STEP_CACHE", "1", "")])
+def test_a_switch_is_used_or_says_why_not(setting, value, said, usual):
+    answers, log = handled("embedded", PLAIN, **{f"SDWORKER_{setting}": value})
+    assert said in " ".join(answers["plain"]["warnings"]) and bool(answers["plain"]["warnings"]) == bool(said)
+    distance = psnr(pixels(answers["plain"])[0], usual)
+    assert distance > 25 and (distance == float("inf")) == (bool(said) or value == "1")
+    assert ("torchao" in log.rpartition("imported:")[2]) == (setting == "QUANTIZE")
+
+
+def test_a_transformer_in_eight_bits(tmp_path):
+    folder = miniature("FluxPipeline", tmp_path / "flux")
+    answers, _ = handled(folder, {"one": {}}, SDWORKER_QUANTIZE="denoiser=int8,text_encoder_2=int8")
+    assert answers["one"]["warnings"] == [] and pixels(answers["one"])[0].shape == (64, 64, 3)
+
+
+def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
+    folder = with_refiner(tmp_path / "model")
+    (folder / "loras").mkdir()
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.full((1, 96), 2.0), f"{layer}.lora_B.weight": torch.ones(96, 1)},
+              folder / "loras" / "one.safetensors")
+    asked = PLAIN["plain"]
+    jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refine_from": 1.0},
+            "end": asked | {"refine_from": 0.8, "guidance_end": 0.5}}
+    answers, log = handled(folder, jobs)
+    assert "LoRA one.safetensors: 1 layers, scale 1" in log and "peft" not in log.rpartition("imported:")[2]
+    refined, unwanted, base = (pixels(answers[name])[0] for name in ("refined", "unwanted", "base"))
+    assert np.abs(refined - base).max() > 0 and np.abs(refined - unwanted).max() > 0
+    assert answers["end"]["error"].startswith("refine_from is for a model with a refiner")
+    without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
+    assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
+
+
+def test_a_refiner_that_was_not_baked_is_missed_in_a_sentence():
+    answers, _ = handled("embedded", {"refined": PLAIN["plain"] | {"refine_from": 0.8}})
+    assert answers["refined"]["error"].startswith("refine_from is for a model with a refiner")
