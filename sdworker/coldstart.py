@@ -27,12 +27,14 @@ from .settings import settings
 if TYPE_CHECKING:
     from rich.table import Table
 
-# %% ../nbs/92_coldstart.ipynb #73b3e1e7
+# %% ../nbs/92_coldstart.ipynb #5bb5fa6d
 NAIVE = """
 import base64
 import io
 import os
+import sys
 
+sys.modules["torchao"] = None  # transformers imports it wherever it is, and the usual image has none
 import runpod
 import torch
 from diffusers import DiffusionPipeline
