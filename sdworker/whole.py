@@ -93,12 +93,12 @@ def _kept(pixels: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
     anew = stack(given["mask_image"], "L")[..., None] >= 128
     return torch.where(anew, pixels, stack(given["image"], "RGB"))
 
-# %% ../nbs/21a_whole.ipynb #fc466984
+# %% ../nbs/21a_whole.ipynb #4bdfeeb2
 class FamilyEngine(PipelineEngine):
     "Draws with a diffusers pipeline of any class, from noise or from pictures."
     def __init__(self, *args: Any, **named: Any):
         super().__init__(*args, **named)
-        self.begin = lambda: None  # called before each denoising
+        self.begin = lambda steps: None  # called before each denoising
         self.refine = None  # a `Refiner`, if there is one
         if "processor" in self.pipe.config:
             vars(self.pipe)["processor"] = PictureReader(self.card.folder / "processor", self.pipe.tokenizer)
@@ -121,7 +121,7 @@ class FamilyEngine(PipelineEngine):
         return super().encode(shots, shape) if self._apart(shape) else {}
 
     def denoise(self, encoded, shots, shape, on_step=None):
-        self.begin()
+        self.begin(shape.steps)
         if shape.refine_from < 1:
             return self.refine(encoded, shots, shape, on_step)
         if self._apart(shape):
