@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'PROMPT', 'here', 'apart', 'measure', 'table']
 
-# %% ../nbs/95a_breakeven.ipynb #24a166ad
+# %% ../nbs/95a_breakeven.ipynb #2445aa86
 import json
 import os
 import subprocess
@@ -16,29 +16,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .card import EMBEDDED, read_card
-from .compiling import break_even, fill_cache, prepare
+from .compiling import break_even, fill_ahead, fill_cache, prepare, use_compile
 from .engine import generate
 from .measure import timed, write_result
 from .plan import PRICES
 from .profiles import defaults, pipeline_for
 
-# %% ../nbs/95a_breakeven.ipynb #6893c2be
-MODES = ("off", "reduce-overhead", "regional", "cached")
+# %% ../nbs/95a_breakeven.ipynb #4eb61c08
+MODES = ("off", "reduce-overhead", "regional", "cached", "ahead")
 PROMPT = "a large red star on a blue background"
 
 def here(
     mode: str,  # one of `MODES`
     repeat: int = 5,  # images
-    fill: bool = False,  # leave a note in the compiler's cache, for "cached"
+    fill: bool = False,  # the compiler's cache, for "cached" and for "ahead"
 ) -> dict[str, float]:  # seconds: "prepare", "image"
     "Measure one way in this process: one image in a call, the model's own size and steps."
-    engine = pipeline_for(defaults(compile=mode), read_card(EMBEDDED, "embedded"))
-    if engine.instead:
-        raise RuntimeError(engine.instead)
+    engine = pipeline_for(defaults(compile="off" if mode == "ahead" else mode), read_card(EMBEDDED, "embedded"))
     begun = time.perf_counter()
     if fill:
-        fill_cache(engine, 1)
-    took = time.perf_counter() - begun if fill else prepare(engine)
+        (fill_ahead if mode == "ahead" else fill_cache)(engine, 1)
+    elif mode == "ahead":
+        engine.instead += use_compile(engine.pipe, mode, engine.card)
+    else:
+        prepare(engine)
+    took = 0.0 if mode == "off" else time.perf_counter() - begun
+    if engine.instead:
+        raise RuntimeError(engine.instead)
     return {"prepare": took, "image": timed(lambda: generate(engine, PROMPT, seed=7), repeat)["median"]}
 
 def apart(
@@ -47,20 +51,20 @@ def apart(
     repeat: int = 5,
 ) -> dict[str, float]:  # as `here`
     "Measure one way in a process of its own."
-    code = ("import json; from sdworker.breakeven import here; "
-            f"print(json.dumps(here({mode!r}, {repeat}, {mode == 'regional'})))")
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{mode} drew nothing: {done.stderr.strip().splitlines()[-1]}")
+    for fill in {"regional": [True], "ahead": [True, False]}.get(mode, [False]):  # the last one is measured
+        code = f"import json; from sdworker.breakeven import here; print(json.dumps(here({mode!r}, {repeat}, {fill})))"
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{mode} drew nothing: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/95a_breakeven.ipynb #7a78d3f7
+# %% ../nbs/95a_breakeven.ipynb #a4416eaa
 def measure(
     modes: Sequence[str] = MODES,
     repeat: int = 5,  # images of each
 ) -> dict[str, dict[str, float]]:  # by mode, as `here`
-    "Measure several ways; `cached` finds what `regional` has left."
+    "Measure several ways; `cached` finds what `regional` has left, and `ahead` what it was filled with before."
     with tempfile.TemporaryDirectory() as scratch:
         return {mode: apart(mode, Path(scratch, "whole" if mode == "reduce-overhead" else "blocks"), repeat)
                 for mode in modes}

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'generate', 'bake', 'verify', 'serve', 'start', 'main']
 
-# %% ../nbs/99_cli.ipynb #3ce1f6fc
+# %% ../nbs/99_cli.ipynb #169d08d1
 import sdworker.ledger  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
 import base64
 import json
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,7 @@ def _write(drawn, out: Path, request: Request) -> list[dict]:  # path, prompt, s
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
 
-# %% ../nbs/99_cli.ipynb #747f081f
+# %% ../nbs/99_cli.ipynb #7c6ad59d
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
@@ -65,16 +66,13 @@ def generate(
 
         sdworker generate "a large red star on a blue background" -n 4 --seed 7 -o out/
 
-        sdworker generate "a small white ring on black" "a large green cross" --format jpeg --json
-
-        sdworker generate "a large yellow ring on blue" --image out/01-seed-7.png --strength 0.8
+        sdworker generate "a large yellow ring on blue" --image out/01-seed-7.png --format jpeg --json
 
         sdworker generate "a lighthouse" --endpoint 4m7x2k9q
     """
-    asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height,
-             "num_images": n, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed,
-             "guidance_end": guidance_end, "scheduler": scheduler, "image_format": form, "image_quality": quality,
-             "strength": strength}
+    asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "num_images": n,
+             "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "strength": strength,
+             "guidance_end": guidance_end, "scheduler": scheduler, "image_format": form, "image_quality": quality}
     shown = not as_json and sys.stderr.isatty()
     with plain_errors():
         asked |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
@@ -148,7 +146,7 @@ def _of_bytes(shown: bool, doing: str):
     else:
         yield in_tenths(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
 
-# %% ../nbs/99_cli.ipynb #b84d6d39
+# %% ../nbs/99_cli.ipynb #ebabd03b
 @app.command()
 def bake(
     model: Annotated[str | None, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")] = None,
@@ -158,15 +156,15 @@ def bake(
     extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
     capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
     compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
+    compile_ahead: Annotated[bool, typer.Option("--compile-ahead", help="Compile any model's denoiser.")] = False,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
     With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
-    diffusers: some minutes, and it takes a C++ compiler.
-
-    May be interrupted and called again. A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
+    diffusers. May be interrupted and called again. A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH
+    names.
 
     Examples:
 
@@ -179,13 +177,13 @@ def bake(
 
         SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
     """
-    if (model is None) != (to is None) or not (model or capsule or compile_cache):
+    if (model is None) != (to is None) or not (model or capsule or compile_cache or compile_ahead):
         raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
                                  "compiles the model of the settings.", param_hint="MODEL")
     report = _baked(model, to, revision, variant, extras, told=not as_json) if model else {}
-    for wanted, name, make in ((capsule, "capsule", _capsule), (compile_cache, "compile_cache", _compile_cache)):
+    for name, wanted in {"capsule": capsule, "compile_cache": compile_cache, "compile_ahead": compile_ahead}.items():
         if wanted:
-            report[name] = make(to, report.get("repository"), device, told=not as_json)
+            report[name] = _COMPILERS[name](to, report.get("repository"), device, told=not as_json)
     if as_json:
         typer.echo(json.dumps(report))
 
@@ -237,19 +235,23 @@ def _what(model: Path | None, name: str | None, device: str | None):
     card = read_card(model or resolve(chosen), name or chosen.model)
     return chosen, card, place(chosen, card.family.half)
 
-# %% ../nbs/99_cli.ipynb #54551b6b
-def _compile_cache(model: Path | None, name: str | None, device: str | None, told: bool) -> str:
-    "Fill the cache of torch.compile; its folder."
+# %% ../nbs/99_cli.ipynb #9e820ec4
+def _compile(way: str, model: Path | None, name: str | None, device: str | None, told: bool) -> str:
+    "Compile the pipeline's denoiser for later starts; the folder with what came of it."
     with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
-        from sdworker.compiling import fill_cache
+        from sdworker.compiling import fill_ahead, fill_cache
         from sdworker.profiles import pipeline_for
 
         chosen, card, where = _what(model, name, device)
-        engine = pipeline_for(chosen.model_copy(update={"compile": "regional"}), card, *where)
-        folder = fill_cache(engine, chosen.max_batch)
+        mode, fill = {"cached": ("regional", fill_cache), "ahead": ("off", fill_ahead)}[way]
+        engine = pipeline_for(chosen.model_copy(update={"compile": mode}), card, *where)
+        folder = fill(engine, chosen.max_batch)
     if told:
-        typer.echo(f"{folder}: compiled blocks for SDWORKER_COMPILE=cached")
+        typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE={way}")
     return str(folder)
+
+_COMPILERS = {"capsule": _capsule, "compile_cache": partial(_compile, "cached"),
+              "compile_ahead": partial(_compile, "ahead")}  # by option of `bake`
 
 @contextmanager
 def _of_steps(shown: bool):

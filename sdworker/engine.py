@@ -344,7 +344,7 @@ def in_batches(
     return [f"More images in one call than {halved} do not fit into memory; set SDWORKER_MAX_BATCH to {halved} to "
             "save the attempts."] if halved else []
 
-# %% ../nbs/20_engine.ipynb #c0a52adc
+# %% ../nbs/20_engine.ipynb #4aa3b988
 def generate(
     engine: Engine,
     prompt: str | Sequence[str],
@@ -367,9 +367,7 @@ def generate(
 ) -> Drawn:
     "Draw pictures. Values are taken as they are; `request` is where they are checked."
     card, timings, pictures = engine.card, Timings(), []
-    if card.family.edits and not image:
-        image = Image.new("RGB", (card.side, card.side), "grey")  # of a warm-up; a request without one is refused
-    own = fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
+    image, own = _beginning(card, image)
     shape = Shape(width or own[0], height or own[1], steps or card.steps,
                   card.guidance if guidance is None else guidance, sampler, guidance_end,
                   "mask" if mask else "image" if image else "noise", strength, _refined(engine, image, refine_from))
@@ -386,7 +384,13 @@ def generate(
     halved = in_batches(shots, min(max_batch, card.family.batch), draw)
     return Drawn(pictures, timings, [reason] * bool(reason) + halved)
 
-# %% ../nbs/20_engine.ipynb #a86396e9
+# %% ../nbs/20_engine.ipynb #ed7c9d5f
+def _beginning(card: ModelCard, image: Image.Image | None) -> tuple[Image.Image | None, tuple[int, int]]:
+    "What is begun from, and the size that goes with it."
+    if card.family.edits:  # without a picture it is a warm-up; such a request is refused
+        image = image or Image.new("RGB", (card.side, card.side), "grey")
+    return image, fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
+
 def _refined(engine: Engine, image: Image.Image | None, asked: float | None) -> float:
     "From where a refiner draws: never over a picture that is begun from, unless asked to."
     if asked is not None:
