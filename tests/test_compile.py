@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
 
 
 def test_no_job_waits_for_the_compiler(cache):
-    shift = work(OURS, [job("first"), job("later")], arrivals=[0.0, 40.0], environment={
+    shift = work(OURS, [job("first"), job("later")], arrivals=[0.0, 25.0], environment={
         "SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache), "SDWORKER_MAX_BATCH": "1"})
     first, later = (shift.answers[name]["output"] for name in ("first", "later"))
     log = shift.log
