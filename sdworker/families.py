@@ -72,9 +72,9 @@ def family_of(
     "A pipeline class's family, or `UNKNOWN`."
     return FAMILIES.get(pipeline, UNKNOWN)
 
-# %% ../nbs/02a_families.ipynb #eb5e4ae4
+# %% ../nbs/02a_families.ipynb #5cd8238b
 ROOM = 3.0  # GB beyond the weights: the largest moment at a megapixel, as published for SDXL, and CUDA's own
-CARDS = (16, 24, 48, 80)  # GB of the cards that RunPod has
+CARDS = {16: "A4000", 24: "A5000, 4090", 48: "A6000, L40S", 80: "A100, H100"}  # RunPod's, by GB
 
 def card_for(
     family: Family,
@@ -85,12 +85,14 @@ def card_for(
 def families_table() -> str:  # Markdown
     "The families as they are shown in the documentation."
     rows = ["| family | pipeline class | steps | guidance | negative prompt | side | samplers | begins from | "
-            "format | weights | card of | licence |", "|---|---|--:|---|---|--:|---|---|---|--:|--:|---|"]
+            "format | weights | card | licence |", "|---|---|--:|---|---|--:|---|---|---|--:|---|---|"]
     for pipeline, family in FAMILIES.items():
         few = "".join(f", {name}: {steps}" for name, (steps, _) in family.few.items())
         begins = "a picture alone" if family.edits else "noise, a picture" + ", a masked one" * bool(family.inpaint)
         rows.append(f"| [{family.name}](https://huggingface.co/{family.model}) | `{pipeline}` | {family.steps}{few} | "
                     f"{family.guidance:g} by `{family.guided_by}` | {'yes' if family.negative else 'no'} | "
-                    f"{family.side} | {'any' if family.samplers else 'its own'} | {begins} | {family.half} | "
-                    f"{family.gigabytes:.1f} GB | {card_for(family)} GB | {family.licence} |")
+                    f"{family.side}, in steps of {8 * family.patch} | "
+                    f"{'any' if family.samplers else 'its own'} | {begins} | {family.half} | "
+                    f"{family.gigabytes:.1f} GB | {card_for(family)} GB: {CARDS[card_for(family)]} | "
+                    f"{family.licence} |")
     return "\n".join(rows)
