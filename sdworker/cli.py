@@ -235,7 +235,7 @@ def _what(model: Path | None, name: str | None, device: str | None):
     card = read_card(model or resolve(chosen), name or chosen.model)
     return chosen, card, place(chosen, card.family.half)
 
-# %% ../nbs/99_cli.ipynb #9e820ec4
+# %% ../nbs/99_cli.ipynb #89238d2f
 def _compile(way: str, model: Path | None, name: str | None, device: str | None, told: bool) -> str:
     "Compile the pipeline's denoiser for later starts; the folder with what came of it."
     with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
@@ -245,7 +245,7 @@ def _compile(way: str, model: Path | None, name: str | None, device: str | None,
         chosen, card, where = _what(model, name, device)
         mode, fill = {"cached": ("regional", fill_cache), "ahead": ("off", fill_ahead)}[way]
         engine = pipeline_for(chosen.model_copy(update={"compile": mode}), card, *where)
-        folder = fill(engine, chosen.max_batch)
+        folder = fill(engine, chosen.max_batch, *[chosen.quantize] * (way == "ahead"))
     if told:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE={way}")
     return str(folder)

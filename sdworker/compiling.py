@@ -69,7 +69,7 @@ class Beside:
                 self.code = self.shadow
         return self.code
 
-# %% ../nbs/27a_compiling.ipynb #0074780e
+# %% ../nbs/27a_compiling.ipynb #d4929cd1
 def call_key(
     given: tuple[Any, ...],
     named: dict[str, Any],
@@ -83,7 +83,7 @@ class Ahead:
     "A denoiser's forward: code that was compiled ahead of time for such a call, or the plain code."
     def __init__(self, denoiser: torch.nn.Module, folder: Path):
         self.plain, self.used = denoiser.forward, 0
-        weights = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
+        weights = _constants_of(denoiser)
         self.codes = {path.stem: self._open(path, weights) for path in folder.glob("*.pt2")}
         denoiser.forward = self
 
@@ -104,7 +104,18 @@ class Ahead:
         return tuple(code.run([leaf.contiguous() for leaf in tree_leaves((given, named))
                                if isinstance(leaf, torch.Tensor)]))
 
-# %% ../nbs/27a_compiling.ipynb #5b2e8b53
+# %% ../nbs/27a_compiling.ipynb #8cbc1e32
+def _constants_of(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "Weights and buffers by the names that compiled code has for them; one in fewer bits is several tensors."
+    found = dict(denoiser.named_buffers())
+    for name, weight in denoiser.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+        found |= {f"{owner}.parametrizations.{leaf}.original{k}": getattr(weight, part) for k, part in enumerate(parts)}
+        found |= {} if parts else {name: weight}
+    return found
+
+# %% ../nbs/27a_compiling.ipynb #2960a7bd
 def why_not_compiled(
     mode: str,  # "reduce-overhead", "regional" or "cached"
     card: ModelCard,
@@ -112,6 +123,7 @@ def why_not_compiled(
     dtype: str,
     offload: str = "none",  # as in the settings
     other: str = "",  # another switch that is on and that compiled code does not have
+    bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> str:  # empty: it can be
     "Why a denoiser cannot be compiled here."
     if other:
@@ -121,12 +133,12 @@ def why_not_compiled(
     if device == "cpu" and mode != "ahead" and not shutil.which(os.environ.get("CXX", "g++")):
         return "there is no C++ compiler"
     if mode in ("cached", "ahead"):
-        return why_not_cached(cache_folder() / _FILLED[mode][0], cache_key(card, device, dtype), mode)
+        return why_not_cached(cache_folder() / _FILLED[mode][0], cache_key(card, device, dtype, bits), mode)
     return ""
 
 _FILLED = {"cached": (".", "--compile-cache"), "ahead": ("ahead", "--compile-ahead")}  # folder, option of `bake`
 
-# %% ../nbs/27a_compiling.ipynb #3eab0aef
+# %% ../nbs/27a_compiling.ipynb #fa768d7e
 def use_compile(
     pipe: "DiffusionPipeline",
     mode: str,  # "off", "reduce-overhead", "regional" or "cached"
@@ -135,11 +147,12 @@ def use_compile(
     dtype: str = "float32",
     offload: str = "none",
     other: str = "",
+    bits: str = "off",
 ) -> str:  # for the answer's "warnings"; empty: it will be used as soon as it is ready
     "Have a pipeline's denoiser compiled beside the work, once `prepare` is called."
     if mode == "off":
         return ""
-    if reason := why_not_compiled(mode, card, device, dtype, offload, other):
+    if reason := why_not_compiled(mode, card, device, dtype, offload, other, bits):
         log.warning("not compiled: %s", reason)
         return f"SDWORKER_COMPILE is {mode!r}, which is not used: {reason}."
     denoiser = getattr(pipe, card.denoiser)
@@ -151,7 +164,7 @@ def use_compile(
         return f"SDWORKER_COMPILE is {mode!r}, which cannot be opened: {reason}."
     return ""
 
-# %% ../nbs/27a_compiling.ipynb #81a433b3
+# %% ../nbs/27a_compiling.ipynb #dca6f5e0
 def cache_folder() -> Path:
     "Where the compiler keeps what it has made."
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -161,6 +174,7 @@ def cache_key(
     card: ModelCard,
     device: str,  # "cpu" or "cuda"
     dtype: str,
+    bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> dict[str, str]:
     "What compiled code depends on."
     def version(package: str) -> str:
@@ -169,7 +183,7 @@ def cache_key(
         except importlib.metadata.PackageNotFoundError:
             return "none"
     return {"torch": torch.__version__, "triton": version("triton"), "diffusers": version("diffusers"),
-            "architecture": architecture(device), "dtype": dtype,
+            "architecture": architecture(device), "dtype": dtype, "quantize": bits,
             "denoiser": (card.folder / card.denoiser / "config.json").read_text(encoding="utf-8")}
 
 NOTE = "sdworker.json"  # in the cache's folder: its key
@@ -242,10 +256,11 @@ def fill_cache(
     write_file(folder / NOTE, json.dumps(cache_key(engine.card, engine.device, engine.dtype), indent=1).encode())
     return folder
 
-# %% ../nbs/27a_compiling.ipynb #d0a39a07
+# %% ../nbs/27a_compiling.ipynb #355ae3e1
 def fill_ahead(
     engine: PipelineEngine,  # not compiled
     most: int = 4,  # images in one call
+    bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> Path:  # the folder
     "Compile the denoiser's calls at the model's own size, with guidance and without; or raise `ModelError`."
     denoiser, folder, calls = getattr(engine.pipe, engine.card.denoiser), cache_folder() / "ahead", {}
@@ -266,11 +281,11 @@ def fill_ahead(
     for key, call in calls.items():
         path = _package(denoiser, call, folder / f"{key}.pt2")
         codes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    note = cache_key(engine.card, engine.device, engine.dtype) | {"codes": codes}
+    note = cache_key(engine.card, engine.device, engine.dtype, bits) | {"codes": codes}
     write_file(folder / NOTE, json.dumps(note, indent=1).encode())
     return folder
 
-# %% ../nbs/27a_compiling.ipynb #4fe5371d
+# %% ../nbs/27a_compiling.ipynb #2742407f
 def _package(denoiser: torch.nn.Module, call: tuple, to: Path) -> Path:
     "Compile one kind of call; what its code holds beside the weights lies beside it."
     from sdworker.encapsulate import package
@@ -282,7 +297,7 @@ def _package(denoiser: torch.nn.Module, call: tuple, to: Path) -> Path:
     except Exception as error:  # of export or compiler, in a hundred lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"this denoiser cannot be compiled ahead of time ({reason}).", lasting=True) from error
-    weights = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
+    weights = _constants_of(denoiser)
     own = {name: exported.constants[name].contiguous().clone() for name in open_part(to).get_constant_fqns()
            if name not in weights}
     save_file(own, to.with_suffix(".safetensors"))

@@ -58,7 +58,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #ee8807ed
+# %% ../nbs/28_profiles.ipynb #fada4a73
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -85,10 +85,17 @@ def pipeline_for(
              use_attention(engine.pipe, chosen.attention, device, dtype),
              use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
              use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
-                         "SDWORKER_QUANTIZE" if fewer else "SDWORKER_STEP_CACHE" if chosen.step_cache > 1 else ""))
+                         _in_its_way(chosen, bool(fewer)), chosen.quantize if fewer else "off"))
     engine.instead = " ".join(filter(None, words))
     return engine
 
+def _in_its_way(chosen: Settings, fewer: bool) -> str:
+    "The switch that compiled code of the pipeline does not have."
+    if chosen.step_cache > 1:
+        return "SDWORKER_STEP_CACHE"
+    return "SDWORKER_QUANTIZE" if fewer and chosen.compile != "ahead" else ""
+
+# %% ../nbs/28_profiles.ipynb #cf938204
 def for_pipeline_alone(
     chosen: Settings,
     card: ModelCard,
