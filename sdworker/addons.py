@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/27d_addons.ipynb #4ec5cf1b
+# %% ../nbs/27d_addons.ipynb #c4b0a4a8
 _LORA = re.compile(r"(\w+)\.(.+?)[._](?:lora(?:_linear_layer)?\.(?P<old>down|up)|lora_(?P<new>A|B))\.weight")
 
 def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor, float]]:
@@ -43,16 +43,16 @@ def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str,
             alpha = (alphas or {}).get(f"{key}.alpha", (alphas or {}).get(f"{match[1]}.{match[2]}.alpha", len(below)))
             yield match[1], match[2], below, above, float(alpha) / len(below)
 
-def _layer(component: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    "A layer by any of the names that LoRAs have for it."
-    layers, plain = dict(component.named_modules()), name.replace(".processor", "")
+def _layer(layers: dict[str, torch.nn.Module], name: str) -> torch.nn.Module | None:
+    "One of a component's layers by any of the names that LoRAs have for it."
+    plain = name.replace(".processor", "")
     spoken = re.sub(r"to_(q|k|v|out)$", lambda match: f"{match[1]}_proj", plain)  # of a text encoder
     for one in (plain, f"{plain}.0", spoken, *(other.removeprefix("text_model.") for other in (plain, spoken))):
         if hasattr(layers.get(one), "weight"):
             return layers[one]
     return None
 
-# %% ../nbs/27d_addons.ipynb #054bbd78
+# %% ../nbs/27d_addons.ipynb #46c3379e
 @torch.no_grad()
 def add_lora(
     pipe: "DiffusionPipeline",
@@ -67,8 +67,9 @@ def add_lora(
     except Exception as error:  # of four libraries
         raise ModelError(f"{path} cannot be read as a LoRA for {type(pipe).__name__} ({error}); leave it out.",
                          lasting=True) from error
-    layers = [_layer(pipe.components[component], name) if pipe.components.get(component) else None
-              for component, name, *_ in products]
+    inside = {name: dict(part.named_modules()) for name, part in pipe.components.items()
+              if isinstance(part, torch.nn.Module)}
+    layers = [_layer(inside.get(component, {}), name) for component, name, *_ in products]
     for layer, (component, name, below, above, _) in zip(layers, products, strict=True):
         if layer is None or layer.weight.numel() != len(above) * below[0].numel():
             raise ModelError(f"{path} is for another model: {component}.{name} is not here, or of another size; leave "

@@ -58,7 +58,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #fada4a73
+# %% ../nbs/28_profiles.ipynb #bbeb8910
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -93,6 +93,8 @@ def _in_its_way(chosen: Settings, fewer: bool) -> str:
     "The switch that compiled code of the pipeline does not have."
     if chosen.step_cache > 1:
         return "SDWORKER_STEP_CACHE"
+    if chosen.channels_last and chosen.compile == "ahead":  # its code was made for weights as they lie in the files
+        return "SDWORKER_CHANNELS_LAST"
     return "SDWORKER_QUANTIZE" if fewer and chosen.compile != "ahead" else ""
 
 # %% ../nbs/28_profiles.ipynb #cf938204
