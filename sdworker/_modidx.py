@@ -241,6 +241,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sdworker.compiling.Beside.compiled': ('compiling.html#beside.compiled', 'sdworker/compiling.py'),
                                     'sdworker.compiling._constants_of': ('compiling.html#_constants_of', 'sdworker/compiling.py'),
                                     'sdworker.compiling._package': ('compiling.html#_package', 'sdworker/compiling.py'),
+                                    'sdworker.compiling.beside_jobs': ('compiling.html#beside_jobs', 'sdworker/compiling.py'),
                                     'sdworker.compiling.break_even': ('compiling.html#break_even', 'sdworker/compiling.py'),
                                     'sdworker.compiling.cache_folder': ('compiling.html#cache_folder', 'sdworker/compiling.py'),
                                     'sdworker.compiling.cache_key': ('compiling.html#cache_key', 'sdworker/compiling.py'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'NOTE', 'shadow_of', 'Beside', 'call_key', 'Ahead', 'why_not_compiled', 'use_compile', 'cache_folder',
-           'cache_key', 'why_not_cached', 'prepare', 'prepare_behind', 'fill_cache', 'fill_ahead', 'break_even']
+           'cache_key', 'why_not_cached', 'beside_jobs', 'prepare', 'prepare_behind', 'fill_cache', 'fill_ahead',
+           'break_even']
 
-# %% ../nbs/27a_compiling.ipynb #a69ace48
+# %% ../nbs/27a_compiling.ipynb #0919bcc3
 import copy
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -164,11 +166,15 @@ def use_compile(
         return f"SDWORKER_COMPILE is {mode!r}, which cannot be opened: {reason}."
     return ""
 
-# %% ../nbs/27a_compiling.ipynb #dca6f5e0
+# %% ../nbs/27a_compiling.ipynb #e745fc8c
 def cache_folder() -> Path:
     "Where the compiler keeps what it has made."
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or home / "sdworker" / "inductor")
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    compiler = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    if compiler and named == compiler.default_cache_dir():  # torch's own word for "nobody has named one"
+        named = ""
+    return Path(named or home / "sdworker" / "inductor")
 
 def cache_key(
     card: ModelCard,
@@ -204,7 +210,22 @@ def why_not_cached(
             return f"the cache in {folder} was made for {name} {said}"
     return ""
 
-# %% ../nbs/27a_compiling.ipynb #eab4cec7
+# %% ../nbs/27a_compiling.ipynb #562aec47
+def beside_jobs(
+    engine: PipelineEngine,
+) -> PipelineEngine:  # on the same model
+    "An engine for another thread than the one that answers jobs."
+    own = copy.copy(engine)
+    own.pipe = copy.copy(engine.pipe)
+    for name, part in vars(engine.pipe).items():
+        if name.startswith("tokenizer") and part is not None:
+            vars(own.pipe)[name] = type(part).from_pretrained(engine.card.folder / name, local_files_only=True)
+    if reader := vars(own.pipe).get("processor"):
+        vars(own.pipe)["processor"] = copy.copy(reader)
+        own.pipe.processor.tokenizer = own.pipe.tokenizer
+    return own
+
+# %% ../nbs/27a_compiling.ipynb #ce72b5c6
 def prepare(
     engine: PipelineEngine,
     batches: Sequence[int] = (1,),  # images in one call
@@ -218,8 +239,9 @@ def prepare(
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     beside.preparing = threading.get_ident()
     try:
+        own = beside_jobs(engine)
         for images in batches:
-            generate(engine, [""] * images, steps=2, seed=0, max_batch=images)
+            generate(own, [""] * images, steps=2, seed=0, max_batch=images, refine_from=1.0)
     except Exception as error:  # the compiler's own, of many kinds
         beside.ready.clear()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from handled import handled, pixels
 
+from sdworker.card import EMBEDDED, read_card
+from sdworker.compiling import beside_jobs
+from sdworker.engine import PipelineEngine
 from sdworker.loopback import work
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature
@@ -36,11 +40,27 @@ def cache(tmp_path_factory):
 def test_no_job_waits_for_the_compiler(cache):
     shift = work(OURS, [job("first"), job("later")], arrivals=[0.0, 25.0], environment={
         "SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache), "SDWORKER_MAX_BATCH": "1"})
-    first, later = (shift.answers[name]["output"] for name in ("first", "later"))
     log = shift.log
+    assert all("output" in answer for answer in shift.answers.values()), (shift.answers, log)
+    first, later = (shift.answers[name]["output"] for name in ("first", "later"))
     assert log.index("job first:") < log.index("compiled in") < log.index("job later:"), log
     assert first["warnings"] == later["warnings"] == []
     assert len(later["images"]) == 1 and "failed" not in log
+
+
+def test_a_thread_that_prepares_does_not_touch_how_a_job_is_tokenized():
+    engine, usual = PipelineEngine(read_card(EMBEDDED)), sys.getswitchinterval()
+
+    def lengths(of: PipelineEngine, **how) -> set[int]:
+        return {len(of.pipe.tokenizer("a star", **how).input_ids) for _ in range(30_000)}
+    with ThreadPoolExecutor(2) as pool:
+        sys.setswitchinterval(1e-6)  # with one tokenizer for both, some of these calls take the other's length
+        try:
+            jobs = pool.submit(lengths, engine, padding="max_length", max_length=77, truncation=True)
+            preparing = pool.submit(lengths, beside_jobs(engine), padding="longest")
+            assert (jobs.result(), preparing.result()) == ({77}, {4})
+        finally:
+            sys.setswitchinterval(usual)
 
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])
