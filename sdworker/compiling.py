@@ -44,7 +44,7 @@ def shadow_of(
     held = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, held)  # what is in the memo is taken as it is
 
-# %% ../nbs/27a_compiling.ipynb #3cf1c22b
+# %% ../nbs/27a_compiling.ipynb #0967e0d7
 class Beside:
     "A denoiser's forward: compiled code where it is ready, the plain code where it is not."
     def __init__(self, denoiser: torch.nn.Module, mode: str):
@@ -67,6 +67,9 @@ class Beside:
             if self.mode == "reduce-overhead":
                 self.code = torch.compile(self.shadow, mode="reduce-overhead", fullgraph=True)
             else:
+                if not self.shadow._repeated_blocks:  # as SD 3.5's; its longest list is what repeats
+                    lists = [part for part in self.shadow.children() if isinstance(part, torch.nn.ModuleList)]
+                    self.shadow._repeated_blocks = [type(max(lists, key=len)[0]).__name__]
                 self.shadow.compile_repeated_blocks(fullgraph=True, dynamic=True)
                 self.code = self.shadow
         return self.code
@@ -210,14 +213,14 @@ def why_not_cached(
             return f"the cache in {folder} was made for {name} {said}"
     return ""
 
-# %% ../nbs/27a_compiling.ipynb #562aec47
+# %% ../nbs/27a_compiling.ipynb #3bee52a7
 def beside_jobs(
     engine: PipelineEngine,
 ) -> PipelineEngine:  # on the same model
     "An engine for another thread than the one that answers jobs."
     own = copy.copy(engine)
     own.pipe = copy.copy(engine.pipe)
-    for name, part in vars(engine.pipe).items():
+    for name, part in engine.pipe.components.items():
         if name.startswith("tokenizer") and part is not None:
             vars(own.pipe)[name] = type(part).from_pretrained(engine.card.folder / name, local_files_only=True)
     if reader := vars(own.pipe).get("processor"):

@@ -6,16 +6,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from handled import handled, pixels
 
 from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import beside_jobs
-from sdworker.engine import PipelineEngine
+from sdworker.compiling import beside_jobs, prepare, use_compile
+from sdworker.engine import PipelineEngine, generate
 from sdworker.loopback import work
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature
+from sdworker.whole import FamilyEngine
 
 OURS = [sys.executable, "-m", "sdworker.cli", "start"]
 PROMPT = "a large red star on a blue background"
@@ -61,6 +63,24 @@ def test_a_thread_that_prepares_does_not_touch_how_a_job_is_tokenized():
             assert (jobs.result(), preparing.result()) == ({77}, {4})
         finally:
             sys.setswitchinterval(usual)
+
+
+@pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "FluxPipeline", "QwenImageEditPipeline"])
+def test_with_tokenizers_of_its_own_a_family_draws_the_same(tmp_path, family):
+    engine = FamilyEngine(read_card(miniature(family, tmp_path / "model")))
+    own = beside_jobs(engine)
+    assert getattr(own.pipe, engine.card.denoiser) is getattr(engine.pipe, engine.card.denoiser)
+    both = [generate(one, PROMPT, seed=7, steps=2).pictures[0].image.tobytes() for one in (engine, own)]
+    assert both[0] == both[1]
+
+
+def test_blocks_that_nobody_names_are_compiled_as_well(tmp_path):
+    engine = FamilyEngine(read_card(miniature("StableDiffusion3Pipeline", tmp_path / "model")))
+    plain = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image
+    assert use_compile(engine.pipe, "regional", engine.card) == "" and prepare(engine) and engine.instead == ""
+    with patch.object(engine.pipe.transformer.forward, "plain", side_effect=AssertionError("plain code drew")):
+        compiled = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image
+    assert psnr(plain, compiled) > 50
 
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])
