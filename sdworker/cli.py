@@ -205,7 +205,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
                    f"{manifest['bytes'] / 1e9:.2f} GB in {to}")
     return manifest
 
-# %% ../nbs/99_cli.ipynb #f9226559
+# %% ../nbs/99_cli.ipynb #dbd74e5e
 def _capsule(model: Path | None, name: str | None, device: str | None, told: bool) -> dict:
     "Compile a model; its capsule's folder, worst picture and size."
     from sdworker.cache import capsule_places, usable_caches
@@ -228,24 +228,27 @@ def _what(model: Path | None, name: str | None, device: str | None):
     "What is to be compiled: the settings, the model's card, its device and number format."
     from sdworker.card import read_card
     from sdworker.load import place
+    from sdworker.presets import with_preset
     from sdworker.sources import resolve
 
     chosen = settings()
     chosen = chosen.model_copy(update={"device": device or chosen.device})
-    card = read_card(model or resolve(chosen), name or chosen.model)
+    card = with_preset(read_card(model or resolve(chosen), name or chosen.model), chosen.preset)
     return chosen, card, place(chosen, card.family.half)
 
-# %% ../nbs/99_cli.ipynb #89238d2f
+# %% ../nbs/99_cli.ipynb #566396a4
 def _compile(way: str, model: Path | None, name: str | None, device: str | None, told: bool) -> str:
     "Compile the pipeline's denoiser for later starts; the folder with what came of it."
     with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
         from sdworker.compiling import fill_ahead, fill_cache
         from sdworker.profiles import pipeline_for
+        from sdworker.quantize import quantization
 
         chosen, card, where = _what(model, name, device)
         mode, fill = {"cached": ("regional", fill_cache), "ahead": ("off", fill_ahead)}[way]
         engine = pipeline_for(chosen.model_copy(update={"compile": mode}), card, *where)
-        folder = fill(engine, chosen.max_batch, *[chosen.quantize] * (way == "ahead"))
+        bits = chosen.quantize if quantization(chosen.quantize, card, where[0])[0] else "off"
+        folder = fill(engine, chosen.max_batch, *[bits] * (way == "ahead"))
     if told:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE={way}")
     return str(folder)

@@ -7,7 +7,7 @@ __all__ = ['log', 'NOTE', 'shadow_of', 'Beside', 'call_key', 'Ahead', 'why_not_c
            'cache_key', 'why_not_cached', 'beside_jobs', 'prepare', 'prepare_behind', 'fill_cache', 'fill_ahead',
            'break_even']
 
-# %% ../nbs/27a_compiling.ipynb #0919bcc3
+# %% ../nbs/27a_compiling.ipynb #d22ebc21
 import copy
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,22 +44,17 @@ def shadow_of(
     held = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, held)  # what is in the memo is taken as it is
 
-# %% ../nbs/27a_compiling.ipynb #0967e0d7
+# %% ../nbs/27a_compiling.ipynb #18759797
 class Beside:
     "A denoiser's forward: compiled code where it is ready, the plain code where it is not."
     def __init__(self, denoiser: torch.nn.Module, mode: str):
-        self.plain, self.mode, self.ready, self.preparing = denoiser.forward, mode, set(), None
+        self.plain, self.mode, self.ready, self.preparing = denoiser.forward, mode, False, None
         self.shadow, self.code = shadow_of(denoiser), None
         denoiser.forward = self
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        sizes = tuple((tensor.shape, tensor.dtype) for tensor in tree_leaves((given, named))
-                      if isinstance(tensor, torch.Tensor))
-        if self.preparing == threading.get_ident():
-            found = self.compiled()(*given, **named)
-            self.ready.add(sizes)
-            return found
-        return (self.code if sizes in self.ready else self.plain)(*given, **named)
+        mine = self.ready or self.preparing == threading.get_ident()
+        return (self.compiled() if mine else self.plain)(*given, **named)
 
     def compiled(self) -> Any:
         "The shadow, marked for the compiler; it compiles when it is called."
@@ -74,7 +69,7 @@ class Beside:
                 self.code = self.shadow
         return self.code
 
-# %% ../nbs/27a_compiling.ipynb #d4929cd1
+# %% ../nbs/27a_compiling.ipynb #f7389535
 def call_key(
     given: tuple[Any, ...],
     named: dict[str, Any],
@@ -84,6 +79,7 @@ def call_key(
     said = [f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
     return hashlib.sha256("\n".join([*said, str(shape)]).encode()).hexdigest()[:16]
 
+# %% ../nbs/27a_compiling.ipynb #8081486a
 class Ahead:
     "A denoiser's forward: code that was compiled ahead of time for such a call, or the plain code."
     def __init__(self, denoiser: torch.nn.Module, folder: Path):
@@ -120,7 +116,7 @@ def _constants_of(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
         found |= {} if parts else {name: weight}
     return found
 
-# %% ../nbs/27a_compiling.ipynb #2960a7bd
+# %% ../nbs/27a_compiling.ipynb #eb1e0ff6
 def why_not_compiled(
     mode: str,  # "reduce-overhead", "regional" or "cached"
     card: ModelCard,
@@ -129,21 +125,24 @@ def why_not_compiled(
     offload: str = "none",  # as in the settings
     other: str = "",  # another switch that is on and that compiled code does not have
     bits: str = "off",  # as in SDWORKER_QUANTIZE
+    most: int = 4,  # images in one call
 ) -> str:  # empty: it can be
     "Why a denoiser cannot be compiled here."
     if other:
         return f"{other} is on"
+    if card.family.grows and mode in ("reduce-overhead", "ahead"):
+        return f"a longer prompt is a larger call of {card.family.name}, and this code is for calls of one size"
     if offload != "none":
         return f"the model is offloaded ({offload})"
     if device == "cpu" and mode != "ahead" and not shutil.which(os.environ.get("CXX", "g++")):
         return "there is no C++ compiler"
     if mode in ("cached", "ahead"):
-        return why_not_cached(cache_folder() / _FILLED[mode][0], cache_key(card, device, dtype, bits), mode)
+        return why_not_cached(cache_folder() / _FILLED[mode][0], cache_key(card, device, dtype, bits, most), mode)
     return ""
 
 _FILLED = {"cached": (".", "--compile-cache"), "ahead": ("ahead", "--compile-ahead")}  # folder, option of `bake`
 
-# %% ../nbs/27a_compiling.ipynb #fa768d7e
+# %% ../nbs/27a_compiling.ipynb #0f14fb6f
 def use_compile(
     pipe: "DiffusionPipeline",
     mode: str,  # "off", "reduce-overhead", "regional" or "cached"
@@ -153,11 +152,12 @@ def use_compile(
     offload: str = "none",
     other: str = "",
     bits: str = "off",
+    most: int = 4,
 ) -> str:  # for the answer's "warnings"; empty: it will be used as soon as it is ready
     "Have a pipeline's denoiser compiled beside the work, once `prepare` is called."
     if mode == "off":
         return ""
-    if reason := why_not_compiled(mode, card, device, dtype, offload, other, bits):
+    if reason := why_not_compiled(mode, card, device, dtype, offload, other, bits, most):
         log.warning("not compiled: %s", reason)
         return f"SDWORKER_COMPILE is {mode!r}, which is not used: {reason}."
     denoiser = getattr(pipe, card.denoiser)
@@ -169,7 +169,7 @@ def use_compile(
         return f"SDWORKER_COMPILE is {mode!r}, which cannot be opened: {reason}."
     return ""
 
-# %% ../nbs/27a_compiling.ipynb #e745fc8c
+# %% ../nbs/27a_compiling.ipynb #9caf14dc
 def cache_folder() -> Path:
     "Where the compiler keeps what it has made."
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -179,11 +179,13 @@ def cache_folder() -> Path:
         named = ""
     return Path(named or home / "sdworker" / "inductor")
 
+# %% ../nbs/27a_compiling.ipynb #7e7fd3a6
 def cache_key(
     card: ModelCard,
     device: str,  # "cpu" or "cuda"
     dtype: str,
     bits: str = "off",  # as in SDWORKER_QUANTIZE
+    most: int = 4,  # images in one call
 ) -> dict[str, str]:
     "What compiled code depends on."
     def version(package: str) -> str:
@@ -193,6 +195,7 @@ def cache_key(
             return "none"
     return {"torch": torch.__version__, "triton": version("triton"), "diffusers": version("diffusers"),
             "architecture": architecture(device), "dtype": dtype, "quantize": bits,
+            "shapes": f"1 to {most} images of {card.side} pixels",
             "denoiser": (card.folder / card.denoiser / "config.json").read_text(encoding="utf-8")}
 
 NOTE = "sdworker.json"  # in the cache's folder: its key
@@ -228,7 +231,7 @@ def beside_jobs(
         own.pipe.processor.tokenizer = own.pipe.tokenizer
     return own
 
-# %% ../nbs/27a_compiling.ipynb #ce72b5c6
+# %% ../nbs/27a_compiling.ipynb #558c5157
 def prepare(
     engine: PipelineEngine,
     batches: Sequence[int] = (1,),  # images in one call
@@ -240,13 +243,17 @@ def prepare(
     begun = time.perf_counter()
     if beside.mode == "cached":
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
-    beside.preparing = threading.get_ident()
+    torch.compiler.set_stance("default")
+    beside.ready, beside.preparing = False, threading.get_ident()
     try:
         own = beside_jobs(engine)
         for images in batches:
-            generate(own, [""] * images, steps=2, seed=0, max_batch=images, refine_from=1.0)
+            for prompt, height in _looks(engine.card, beside.mode):
+                generate(own, [prompt] * images, steps=2, seed=0, max_batch=images, refine_from=1.0,
+                         width=engine.card.side, height=height)
+        torch.compiler.set_stance("eager_on_recompile")  # no job waits for the compiler
+        beside.ready = True
     except Exception as error:  # the compiler's own, of many kinds
-        beside.ready.clear()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("not compiled: %s", reason)
         engine.instead = f"{engine.instead} SDWORKER_COMPILE is {beside.mode!r}, which failed: {reason}".strip()
@@ -254,6 +261,12 @@ def prepare(
         beside.preparing = None
     return time.perf_counter() - begun
 
+def _looks(card: ModelCard, mode: str) -> list[tuple[str, int]]:
+    "Prompts and heights to draw, so that code for all sizes comes of it, where it can be for more than one."
+    flat = max(1, round(0.75 * card.side / card.multiple)) * card.multiple
+    return [("", card.side)] + [("a large red star on a blue background " * 4, flat)] * (mode != "reduce-overhead")
+
+# %% ../nbs/27a_compiling.ipynb #1dd4d1ea
 def prepare_behind(
     engine: PipelineEngine,
     most: int,  # images in one call
@@ -266,7 +279,7 @@ def prepare_behind(
     thread.start()
     return thread
 
-# %% ../nbs/27a_compiling.ipynb #924c4b6a
+# %% ../nbs/27a_compiling.ipynb #9bc7a54b
 def fill_cache(
     engine: PipelineEngine,  # with mode "regional"
     most: int = 4,  # images in one call
@@ -278,10 +291,11 @@ def fill_cache(
     prepare(engine, range(1, most + 1))
     if engine.instead:
         raise ModelError(engine.instead, lasting=True)
-    write_file(folder / NOTE, json.dumps(cache_key(engine.card, engine.device, engine.dtype), indent=1).encode())
+    key = cache_key(engine.card, engine.device, engine.dtype, most=most)
+    write_file(folder / NOTE, json.dumps(key, indent=1).encode())
     return folder
 
-# %% ../nbs/27a_compiling.ipynb #355ae3e1
+# %% ../nbs/27a_compiling.ipynb #5bab0a26
 def fill_ahead(
     engine: PipelineEngine,  # not compiled
     most: int = 4,  # images in one call
@@ -291,6 +305,9 @@ def fill_ahead(
     denoiser, folder, calls = getattr(engine.pipe, engine.card.denoiser), cache_folder() / "ahead", {}
     if engine.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise ModelError("there is no C++ compiler here; install g++ or name another in CXX.", lasting=True)
+    if engine.card.family.grows:
+        raise ModelError(f"{engine.card.name} is not compiled ahead of time: a longer prompt is a larger call of it, "
+                         "and such code is for calls of one size.", lasting=True)
     hook = denoiser.register_forward_pre_hook(
         lambda _, given, named: calls.setdefault(call_key(given, named), (given, named)) and None, with_kwargs=True)
     try:
@@ -306,11 +323,12 @@ def fill_ahead(
     for key, call in calls.items():
         path = _package(denoiser, call, folder / f"{key}.pt2")
         codes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    note = cache_key(engine.card, engine.device, engine.dtype, bits) | {"codes": codes}
+    note = cache_key(engine.card, engine.device, engine.dtype, bits, most) | {"codes": codes}
     write_file(folder / NOTE, json.dumps(note, indent=1).encode())
+    _check(denoiser, folder, calls.values())
     return folder
 
-# %% ../nbs/27a_compiling.ipynb #2742407f
+# %% ../nbs/27a_compiling.ipynb #419de127
 def _package(denoiser: torch.nn.Module, call: tuple, to: Path) -> Path:
     "Compile one kind of call; what its code holds beside the weights lies beside it."
     from sdworker.encapsulate import package
@@ -318,6 +336,10 @@ def _package(denoiser: torch.nn.Module, call: tuple, to: Path) -> Path:
     given, named = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, call)
     denoiser.requires_grad_(False)
     try:
+        with torch.no_grad():
+            usual = denoiser(*given, **named)
+        if not isinstance(usual, tuple) or not all(isinstance(one, torch.Tensor) for one in usual):
+            raise TypeError("its answer is not a tuple of tensors")
         exported = package(denoiser, given, named, to)
     except Exception as error:  # of export or compiler, in a hundred lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -327,6 +349,19 @@ def _package(denoiser: torch.nn.Module, call: tuple, to: Path) -> Path:
            if name not in weights}
     save_file(own, to.with_suffix(".safetensors"))
     return to
+
+@torch.no_grad()
+def _check(denoiser: torch.nn.Module, folder: Path, calls: Iterable[tuple]) -> None:
+    "Run all code that was made; where it says another thing than the plain code, nobody shall use it."
+    ahead = Ahead(denoiser, folder)
+    try:
+        for given, named in calls:
+            for made, usual in zip(ahead(*given, **named), ahead.plain(*given, **named), strict=True):
+                if (made - usual).abs().max() > 0.02 * usual.abs().max():
+                    (folder / NOTE).unlink()
+                    raise ModelError("compiled code and the plain denoiser differ, so none was kept.", lasting=True)
+    finally:
+        denoiser.forward = ahead.plain
 
 # %% ../nbs/27a_compiling.ipynb #aaf8b5b1
 def break_even(

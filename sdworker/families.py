@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'UNKNOWN', 'ROOM', 'CARDS', 'Family', 'family_of', 'card_
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# %% ../nbs/02a_families.ipynb #b6892540
+# %% ../nbs/02a_families.ipynb #9be30d37
 @dataclass(frozen=True)
 class Family:
     "What a worker has to know of all models of one pipeline class."
@@ -28,6 +28,7 @@ class Family:
     from_image: str = ""  # class that begins from a picture
     inpaint: str = ""  # class that draws a part of a picture anew
     edits: bool = False  # wants a picture, and draws none from noise alone
+    grows: bool = False  # a longer prompt is a larger call of the denoiser
     batch: int = 64  # images in one call, at most
     few: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # few-step models by name: steps, guidance
 
@@ -36,7 +37,7 @@ class Family:
         "Of weights, on a GPU."
         return 2 * self.numbers
 
-# %% ../nbs/02a_families.ipynb #1ffdd34f
+# %% ../nbs/02a_families.ipynb #a8674e71
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML Open RAIL-M", 1.07, 30, 7.5,
@@ -55,13 +56,13 @@ FAMILIES = {
         from_image="FluxImg2ImgPipeline", inpaint="FluxInpaintPipeline", few={"schnell": (4, 0.0)}),
     "ZImagePipeline": Family(
         "Z-Image", "Tongyi-MAI/Z-Image-Turbo", "Apache-2.0", 10.3, 50, 4.0, patch=2,
-        from_image="ZImageImg2ImgPipeline", inpaint="ZImageInpaintPipeline", few={"turbo": (9, 0.0)}),
+        from_image="ZImageImg2ImgPipeline", inpaint="ZImageInpaintPipeline", grows=True, few={"turbo": (9, 0.0)}),
     "QwenImagePipeline": Family(
         "Qwen-Image", "Qwen/Qwen-Image", "Apache-2.0", 28.9, 50, 4.0, patch=2, guided_by="true_cfg_scale",
-        from_image="QwenImageImg2ImgPipeline", inpaint="QwenImageInpaintPipeline"),
+        from_image="QwenImageImg2ImgPipeline", inpaint="QwenImageInpaintPipeline", grows=True),
     "QwenImageEditPipeline": Family(
         "Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", "Apache-2.0", 28.9, 50, 4.0, patch=2, guided_by="true_cfg_scale",
-        edits=True, batch=1),
+        edits=True, grows=True, batch=1),
 }
 
 UNKNOWN = Family("unknown", "", "", 0.0, 30, 5.0, patch=2)  # a class of diffusers that is not in the table

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'model_card', 'place', 'make_capsule_behind', 'initialize_model', 'begin_loading']
 
-# %% ../nbs/35_load.ipynb #3986c2aa
+# %% ../nbs/35_load.ipynb #7142106c
 import logging
 import os
 import subprocess
@@ -27,7 +27,7 @@ from .imports import without_collector
 from .lean import import_torch, lean, whole_torch
 from .ledger import LEDGER
 from .presets import with_preset
-from .profiles import for_pipeline_alone, pipeline_for
+from .profiles import beside, for_pipeline_alone, pipeline_for
 from .settings import Settings, settings
 from .sources import find, resolve
 from .weights import end_prefetch
@@ -105,12 +105,15 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("weights")
     return engine
 
-# %% ../nbs/35_load.ipynb #efc40767
+# %% ../nbs/35_load.ipynb #f771d004
 def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
     "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
     if chosen.engine == "capsule" and not card.family.samplers:
         raise ModelError(f"SDWORKER_ENGINE is 'capsule', and capsules are for Stable Diffusion 1.x, 2.x and SDXL; "
                          f"{card.name} is a {card.pipeline}: use 'auto'.", lasting=True)
+    if chosen.engine == "capsule" and (more := beside(card)):
+        raise ModelError(f"SDWORKER_ENGINE is 'capsule', which does not draw with the {' and the '.join(more)} baked "
+                         f"beside {card.name}: use 'auto'.", lasting=True)
     places = capsule_places(chosen)
     useful = capsules_in(places) and not for_pipeline_alone(chosen, card)
     if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):

@@ -93,7 +93,7 @@ def held(
     loss = adherence(list(plain))["all"] - right
     return Held(distance, min(ssim(*pair) for pair in both), right, loss, distance >= least and loss <= LOSS + 1e-9)
 
-# %% ../nbs/90_quality.ipynb #5fc09eb5
+# %% ../nbs/90_quality.ipynb #543f9a2e
 def switched(
     switch: Switch,
     card: ModelCard,
@@ -101,7 +101,7 @@ def switched(
 ) -> Engine:
     "An engine with a switch on, or `ModelError` with the reason why that cannot be had here."
     chosen = defaults(**{"engine": "pipeline", "device": device} | dict(switch.settings))
-    device, dtype = place(chosen)
+    device, dtype = place(chosen, card.family.half)
     if chosen.engine == "capsule":
         from sdworker.capsule import CapsuleEngine, find_capsule
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from handled import handled, pixels
+from PIL import Image
 
 from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import beside_jobs, prepare, use_compile
+from sdworker.compiling import beside_jobs, prepare, use_compile, why_not_compiled
 from sdworker.engine import PipelineEngine, generate
 from sdworker.loopback import work
 from sdworker.measure import psnr
@@ -74,20 +76,26 @@ def test_with_tokenizers_of_its_own_a_family_draws_the_same(tmp_path, family):
     assert both[0] == both[1]
 
 
-def test_blocks_that_nobody_names_are_compiled_as_well(tmp_path):
-    engine = FamilyEngine(read_card(miniature("StableDiffusion3Pipeline", tmp_path / "model")))
-    plain = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image
+@pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "ZImagePipeline"])  # names no blocks; grows
+def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
+    engine = FamilyEngine(read_card(miniature(family, tmp_path / "model")))
+    jobs = [{"prompt": PROMPT}, {"prompt": f"{PROMPT}, with {PROMPT}", "width": 64, "height": 48},
+            {"prompt": PROMPT, "image": Image.new("RGB", (64, 48), "red")}]
+    plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
     assert use_compile(engine.pipe, "regional", engine.card) == "" and prepare(engine) and engine.instead == ""
-    with patch.object(engine.pipe.transformer.forward, "plain", side_effect=AssertionError("plain code drew")):
-        compiled = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image
-    assert psnr(plain, compiled) > 50
+    assert bool(why_not_compiled("reduce-overhead", engine.card, "cpu", "float32")) == engine.card.family.grows
+    with torch.compiler.set_stance("fail_on_recompile"), patch.object(
+            engine.pipe.transformer.forward, "plain", side_effect=AssertionError("plain code drew")):
+        for usual, job in zip(plain, jobs, strict=True):
+            assert psnr(usual, generate(engine, **job, seed=7, steps=2).pictures[0].image) > 50
 
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])
 def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name):
     made = json.loads((cache / "sdworker.json").read_text())
     (tmp_path / "sdworker.json").write_text(json.dumps(made | {name: "of another kind"}))
-    shift = work(OURS, [job("only")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    shift = work(OURS, [job("only")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+                                       "SDWORKER_MAX_BATCH": "1"})
     answer = shift.answers["only"]["output"]
     assert len(answer["images"]) == 1
     assert any(f"was made for {name}" in warning for warning in answer["warnings"]), answer["warnings"]

@@ -53,7 +53,7 @@ def compiler_cache(tmp_path_factory):
 def built(name):
     """The engine of a switch; one that this machine cannot have is skipped with the reason."""
     if name == "compile: cached":
-        fill_cache(switched(SWITCHES["compile: regional"], CARD), 1)
+        fill_cache(switched(SWITCHES["compile: regional"], CARD))
     try:
         return switched(SWITCHES[name], CARD)
     except ModelError as error:
