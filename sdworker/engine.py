@@ -79,7 +79,7 @@ class Engine(Protocol):
     def pick(self, shape: Shape, images: int) -> tuple["Engine", str]:
         "What draws such images in one call, and why, if that deserves a word; or raise `Unsuited`."
 
-# %% ../nbs/20_engine.ipynb #98b6d57a
+# %% ../nbs/20_engine.ipynb #3e295769
 def load_pipeline(
     card: ModelCard,
     device: str = "cpu",  # "cpu" or "cuda"
@@ -109,8 +109,8 @@ def load_pipeline(
     except Exception as error:  # the libraries below raise a dozen kinds for a damaged folder
         raise ModelError(f"{card.name} cannot be loaded from {card.folder}, so a file there is damaged or of another "
                          f"model; fetch it again ({error}).", lasting=True) from error
-    if dtype == "float16" and getattr(pipe.vae.config, "force_upcast", False):
-        pipe.vae.to(torch.float32)
+    if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)  # of other pipelines half precision is what their VAE is called with
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
         _assign(getattr(pipe, name), _of(name, weights))
     pipe.set_progress_bar_config(disable=True)
@@ -161,8 +161,8 @@ def denoiser_of(
     "A pipeline's denoiser."
     return pipe.components.get("unet") or pipe.transformer
 
-# %% ../nbs/20_engine.ipynb #8e21f526
-@torch.inference_mode()
+# %% ../nbs/20_engine.ipynb #08958d24
+@torch.no_grad()  # not inference_mode: to compiled code its tensors would be of another kind
 def encode_prompts(
     pipe: "DiffusionPipeline",
     shots: Sequence[Shot],

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sibling', 'arguments', 'draw_whole', 'FamilyEngine', 'PictureReader']
 
-# %% ../nbs/21a_whole.ipynb #075dba22
+# %% ../nbs/21a_whole.ipynb #2e30239f
 import copy
 import inspect
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .card import ModelError, Unsuited
-from .engine import OnStep, PipelineEngine, Shape, Shot, scheduler_for
+from .engine import OnStep, PipelineEngine, Shape, Shot, denoiser_of, scheduler_for
 from .families import Family
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def arguments(
             given["mask_image"] = [shot.mask.convert("L").resize(size) for shot in shots]
     return given
 
-# %% ../nbs/21a_whole.ipynb #cff35555
-@torch.inference_mode()
+# %% ../nbs/21a_whole.ipynb #745457cd
+@torch.no_grad()
 def draw_whole(
     pipe: "DiffusionPipeline",
     family: Family,
@@ -82,9 +82,22 @@ def draw_whole(
     vars(own)["scheduler"] = scheduler_for(pipe.scheduler, shape.sampler)
     given = arguments(family, shots, shape) | {"callback_on_step_end": report}
     takes = inspect.signature(own.__call__).parameters
-    drawn = own(**{name: value for name, value in given.items() if name in takes}).images
+    with _as_before(own):
+        drawn = own(**{name: value for name, value in given.items() if name in takes}).images
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return _kept(pixels, given) if shape.begins == "mask" else pixels
+
+@contextmanager
+def _as_before(pipe: "DiffusionPipeline") -> Iterator[None]:
+    "See that a call leaves the parts as they were, and that a step cache knows whose steps it sees."
+    vae, denoiser = getattr(pipe, "vae", None), denoiser_of(pipe)
+    was = vae and vae.dtype
+    with denoiser.cache_context("picture") if getattr(denoiser, "is_cache_enabled", False) else nullcontext():
+        try:
+            yield
+        finally:
+            if vae and vae.dtype != was:  # SDXL's pipelines leave it in half precision, in which it overflows
+                vae.to(was)
 
 def _kept(pixels: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
     "What a mask leaves, exactly as it was; the decoder would change it a little."
@@ -131,7 +144,7 @@ class FamilyEngine(PipelineEngine):
     def decode(self, latents):
         return latents.cpu().numpy() if latents.dtype == torch.uint8 else super().decode(latents)
 
-# %% ../nbs/21a_whole.ipynb #46419350
+# %% ../nbs/21a_whole.ipynb #f2370a57
 class PictureReader:
     "Prepares prompts with pictures for Qwen2.5-VL."
     MARK = "<|image_pad|>"
@@ -150,6 +163,9 @@ class PictureReader:
         from transformers import BatchFeature
 
         seen = self.pictures(images=images, return_tensors=return_tensors)
-        patches = iter((seen["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist())
-        marked = [re.sub(re.escape(self.MARK), lambda _: self.MARK * next(patches), one) for one in text]
+        patches = (seen["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
+        marked = []
+        for one, count in zip(text, patches, strict=True):
+            before, _, after = one.partition(self.MARK)
+            marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # a second one is the sender's
         return BatchFeature({**self.tokenizer(marked, padding=padding, return_tensors=return_tensors), **seen})

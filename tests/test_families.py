@@ -1,11 +1,14 @@
 """Each family of models, in miniature, through the handler: shapes, seeds, batches, pictures, switches, refusals."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from handled import handled, pixels
 from PIL import Image
 
-from sdworker.card import read_card
+from sdworker.card import EMBEDDED, read_card
 from sdworker.families import FAMILIES
 from sdworker.images import data_uri
 from sdworker.miniatures import MINIATURES, miniature
@@ -53,6 +56,8 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
         "second": {"image": red, "seed": 8, "strength": 0.9} | steps,
         "wide": {"image": data_uri(RED.resize((128, 64)))} | steps, "half": {"image": red, "mask": mask},
         "address": {"image": "http://127.0.0.1:1/x.png"}, "broken": {"image": red[:100]}, "mask alone": {"mask": mask},
+        "none left": {"image": red, "num_inference_steps": 1},
+        "small mask": {"image": red, "mask": data_uri(MASK.resize((32, 32)))},
     })
     second, wide, half = (pixels(answers[name])[0] for name in ("second", "wide", "half"))
     near, far = (np.abs(pixels(answers[f"red, {strength}"])[0] - pixels(answers[f"blue, {strength}"])[0]).mean()
@@ -64,6 +69,24 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
     assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
     assert answers["mask alone"]["error"].startswith("mask is given without image")
+    assert answers["none left"]["error"].startswith("strength is 0.6 at 1 step(s), of which none is left")
+    assert answers["small mask"]["error"].endswith("the mask should be of the picture's size.")
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *(
+    name for name, family in FAMILIES.items() if family.from_image and name in MINIATURES)])
+def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path):
+    folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else tmp_path / "tiny"
+    if pipeline not in MINIATURES:
+        shutil.copytree(EMBEDDED, folder)
+    config = folder / "vae" / "config.json"  # as SDXL's own VAE, which overflows in half precision
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))
+    few = {"num_inference_steps": 4}
+    jobs = {"before": few, "image": {"image": data_uri(RED)} | few,
+            "mask": {"image": data_uri(RED), "mask": data_uri(MASK)} | few, "after": few}
+    answers, _ = handled(folder, jobs, SDWORKER_DTYPE="float16")
+    before, *_, after = (pixels(answers[name])[0] for name in jobs)
+    assert np.array_equal(before, after) and len(np.unique(before)) > 2
 
 
 def test_a_picture_is_edited(tmp_path):
@@ -72,12 +95,14 @@ def test_a_picture_is_edited(tmp_path):
         "red": {"image": data_uri(RED), "width": 64, "height": 48}, "none": {},
         "blue": {"image": data_uri(BLUE), "width": 64, "height": 48},
         "strength": {"image": data_uri(RED), "strength": 0.5}, "mask": {"image": data_uri(RED), "mask": data_uri(MASK)},
+        "mark": {"image": data_uri(RED), "prompt": "a <|image_pad|> star"},
     })
     (red,), (blue,) = pixels(answers["red"]), pixels(answers["blue"])
     assert red.shape == (48, 64, 3) and np.abs(red - blue).max() > 0, "it looks at the picture"
     assert answers["none"]["error"].startswith("image is missing")
     assert answers["strength"]["error"].startswith("strength is 0.5")
     assert "mask is of no use" in answers["mask"]["error"]
+    assert len(pixels(answers["mark"])) == 1, "the sender's words are no second picture"
 
 
 def test_a_class_that_diffusers_does_not_have_is_named(tmp_path):
