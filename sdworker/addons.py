@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'add_lora', 'Refiner', 'use_addons']
 
-# %% ../nbs/27d_addons.ipynb #59eae938
+# %% ../nbs/27d_addons.ipynb #d62dcc18
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .card import ModelError
+from .card import ModelError, Unsuited
 from .engine import Encoded, OnStep, Shape, Shot, denoise, encode_prompts, scheduler_for
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/27d_addons.ipynb #c4b0a4a8
+# %% ../nbs/27d_addons.ipynb #12119452
 _LORA = re.compile(r"(\w+)\.(.+?)[._](?:lora(?:_linear_layer)?\.(?P<old>down|up)|lora_(?P<new>A|B))\.weight")
 
 def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor, float]]:
     "Component, layer, the thin matrices A and B, and alpha / r, of each layer that a LoRA changes."
-    told = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
+    told = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {"return_alphas": True}
     found = type(pipe).lora_state_dict(str(path), use_safetensors=True, local_files_only=True, **told)
     state, alphas = found if isinstance(found, tuple) else (found, None)
     for key, below in state.items():
@@ -80,7 +80,7 @@ def add_lora(
         layer.weight.copy_(layer.weight.float() + change.view_as(layer.weight))
     return len(layers)
 
-# %% ../nbs/27d_addons.ipynb #cb51f92f
+# %% ../nbs/27d_addons.ipynb #f7584466
 class Refiner:
     "Draws with an engine's base model, and with the refiner from some share of the noise on."
     def __init__(self, engine: "FamilyEngine"):
@@ -101,23 +101,26 @@ class Refiner:
             requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def left(self, shape: Shape) -> int:
-        "Steps that are the refiner's."
+    def split(self, shape: Shape) -> tuple[int, int]:
+        "Steps of the base, and of the refiner."
         scheduler = scheduler_for(self.base.scheduler, shape.sampler)
         scheduler.set_timesteps(shape.steps)
         trained = scheduler.config.num_train_timesteps
-        return sum(t < round(trained - shape.refine_from * trained) for t in scheduler.timesteps.tolist())
+        late = sum(t < round(trained - shape.refine_from * trained) for t in scheduler.timesteps.tolist())
+        return len(scheduler.timesteps) - late, late
 
     def __call__(self, encoded: Encoded, shots: "Sequence[Shot]", shape: Shape, on_step: OnStep | None = None,
                  ) -> torch.Tensor:  # latents
-        left = self.left(shape)
-        if left in (0, shape.steps):
+        first, last = self.split(shape)
+        if not first:
+            raise Unsuited(f"refine_from is {shape.refine_from:g}, which leaves the base no step of {last}: give more.")
+        if not last:
             return denoise(self.base, encoded, shots, shape, on_step)
         def after(before: int) -> OnStep:
-            return lambda done, _: on_step and on_step(before + done, shape.steps)
+            return lambda done, _: on_step and on_step(before + done, first + last)
         begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from)
         own = encode_prompts(self.pipe, shots, shape)
-        return denoise(self.pipe, own, shots, shape, after(shape.steps - left), denoising_start=shape.refine_from,
+        return denoise(self.pipe, own, shots, shape, after(first), denoising_start=shape.refine_from,
                        image=begun)
 
 # %% ../nbs/27d_addons.ipynb #7b3e0c1e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'DeepCache', 'use_step_cache']
 
-# %% ../nbs/27c_stepcache.ipynb #941e4c1b
+# %% ../nbs/27c_stepcache.ipynb #d0accdb8
 import logging
 import math
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .engine import denoiser_of
+from .families import UNKNOWN
 
 if TYPE_CHECKING:
     from sdworker.whole import FamilyEngine
@@ -47,7 +48,7 @@ class DeepCache:
             return self.kept[forward]
         return call
 
-# %% ../nbs/27c_stepcache.ipynb #afea5d96
+# %% ../nbs/27c_stepcache.ipynb #93a021b3
 def use_step_cache(
     engine: "FamilyEngine",
     every: int,  # steps of which one is computed in full; 1: each
@@ -58,12 +59,13 @@ def use_step_cache(
     denoiser = denoiser_of(engine.pipe)
     if engine.card.family.samplers:
         engine.begin = DeepCache(denoiser, every).begin
-    elif hasattr(denoiser, "enable_cache"):
+    elif hasattr(denoiser, "enable_cache") and engine.card.family is not UNKNOWN:  # one might take two calls for one
         from diffusers import TaylorSeerCacheConfig
 
         denoiser.enable_cache(TaylorSeerCacheConfig(cache_interval=every))
+        engine.begin = lambda steps: denoiser._reset_stateful_cache()  # a picture that failed has left its own
     else:
-        log.warning("step cache not used: diffusers has none for %s", type(denoiser).__name__)
-        return f"SDWORKER_STEP_CACHE is {every}, which is not used: diffusers has none for {type(denoiser).__name__}."
+        log.warning("step cache not used: there is none for %s", type(denoiser).__name__)
+        return f"SDWORKER_STEP_CACHE is {every}, which is not used: there is none for {type(denoiser).__name__}."
     log.info("step cache: every %d. step in full, after the first", every)
     return ""

@@ -6,8 +6,13 @@ import torch
 from handled import handled, pixels
 from safetensors.torch import save_file
 
+from sdworker.addons import add_lora
+from sdworker.card import read_card
+from sdworker.engine import generate
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature, with_refiner
+from sdworker.stepcache import use_step_cache
+from sdworker.whole import FamilyEngine
 
 PLAIN = {"plain": {"prompt": "a large red star on a blue background"}}
 
@@ -35,6 +40,30 @@ def test_a_transformer_in_eight_bits(tmp_path):
     folder = miniature("FluxPipeline", tmp_path / "flux")
     answers, _ = handled(folder, {"one": {}}, SDWORKER_QUANTIZE="denoiser=int8,text_encoder_2=int8")
     assert answers["one"]["warnings"] == [] and pixels(answers["one"])[0].shape == (64, 64, 3)
+
+
+def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_job_that_failed(tmp_path):
+    engine = FamilyEngine(read_card(miniature("FluxPipeline", tmp_path / "flux")))
+    assert use_step_cache(engine, 2) == ""
+    usual = generate(engine, "a red star", seed=7, steps=8).pictures[0].image
+    assert generate(engine, "a red star", seed=7, steps=8, image=usual).pictures
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyError("stopped")
+    with pytest.raises(KeyError):
+        generate(engine, ["a blue star"] * 2, seed=8, steps=8, on_step=stop)
+    assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == usual.tobytes()
+
+
+def test_a_lora_of_a_transformer_keeps_its_alpha(tmp_path):
+    pipe = FamilyEngine(read_card(miniature("FluxPipeline", tmp_path / "flux"))).pipe
+    path, layer = tmp_path / "one.safetensors", "transformer.transformer_blocks.0.attn.to_q"
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    before, width = weight.clone(), weight.shape[1]
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(len(weight), 2),
+               f"{layer}.alpha": torch.tensor(1.0)}, path)
+    assert add_lora(pipe, path) == 1 and torch.allclose(weight, before + 1.0), "two ones each, times 1 / 2"
 
 
 def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
