@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Kind', 'lacks', 'quantization', 'weight_bytes']
 
-# %% ../nbs/27b_quantize.ipynb #472e6cfb
+# %% ../nbs/27b_quantize.ipynb #6f351359
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,32 +14,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .card import ModelCard
+from .files import components
 from .settings import quantized_parts
 
 if TYPE_CHECKING:
     from diffusers import PipelineQuantizationConfig
 
-# %% ../nbs/27b_quantize.ipynb #7c14a887
+# %% ../nbs/27b_quantize.ipynb #4b042c3c
 @dataclass(frozen=True)
 class Kind:
     "A way of keeping weights in fewer bits."
     library: str  # that must be installed
     cuda: bool  # runs on CUDA alone
     least: tuple[int, int]  # compute capability
-    config: Callable[[], Any]  # diffusers' configuration of one component
+    config: Callable[[Any], Any]  # of one component; given the library that loads it, diffusers or transformers
 
-def _torchao(name: str) -> Callable[[], Any]:
-    def config() -> Any:
-        from diffusers import TorchAoConfig
+def _torchao(name: str) -> Callable[[Any], Any]:
+    def config(of: Any) -> Any:
         from torchao import quantization
 
-        return TorchAoConfig(getattr(quantization, name)())
+        return of.TorchAoConfig(getattr(quantization, name)())
     return config
 
-def _nf4() -> Any:
-    from diffusers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+def _nf4(of: Any) -> Any:
+    return of.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 KINDS = {"int8": Kind("torchao", False, (0, 0), _torchao("Int8WeightOnlyConfig")),
          "fp8": Kind("torchao", True, (8, 9), _torchao("Float8WeightOnlyConfig")),
@@ -57,36 +55,28 @@ def lacks(
         return "{} needs compute capability {}.{}, and this card has {}.{}".format(kind, *about.least, *has)
     return "" if find_spec(about.library) else f"{kind} needs {about.library}, which is not installed"
 
-# %% ../nbs/27b_quantize.ipynb #59081fd3
+# %% ../nbs/27b_quantize.ipynb #eb75b9c8
 def quantization(
     asked: str,  # as in the settings
     card: ModelCard,
     device: str,  # "cpu" or "cuda"
 ) -> tuple["PipelineQuantizationConfig | None", str]:  # for `load_pipeline`, and why there is less than was asked for
     "How a pipeline is to be loaded."
-    reasons, found = [], {}
-    for name, kind in quantized_parts(asked).items():
-        if reason := lacks(kind, device):
-            reasons.append(reason)
-        else:
-            found[card.denoiser if name == "denoiser" else name] = _of_its_library(name, kind)
-    said = f"SDWORKER_QUANTIZE is {asked!r}, which is not used: {'; '.join(reasons)}." if reasons else ""
-    if not found:
+    parts = {card.denoiser if name == "denoiser" else name: kind for name, kind in quantized_parts(asked).items()}
+    here = dict(components(card.folder))
+    reasons = {name: lacks(kind, device) if name in here else f"{card.name} has no {name}"
+               for name, kind in parts.items()}
+    used = {name: kind for name, kind in parts.items() if not reasons[name]}
+    why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
+    said = f"SDWORKER_QUANTIZE is {asked!r}, which is {'used in part' if used else 'not used'}: {why}." if why else ""
+    if not used:
         return None, said
-    from diffusers import PipelineQuantizationConfig
-
-    return PipelineQuantizationConfig(quant_mapping=found), said
-
-def _of_its_library(name: str, kind: str) -> Any:
-    "A component's configuration; those of text encoders are transformers', with the same fields."
-    config = KINDS[kind].config()
-    if not name.startswith("text_encoder"):
-        return config
+    import diffusers
     import transformers
 
-    of = getattr(transformers, type(config).__name__)
-    return of(config.quant_type) if KINDS[kind].library == "torchao" else of(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return diffusers.PipelineQuantizationConfig(quant_mapping={
+        name: KINDS[kind].config(diffusers if hasattr(diffusers, here[name]) else transformers)
+        for name, kind in used.items()}), said
 
 # %% ../nbs/27b_quantize.ipynb #e10b3b9d
 def weight_bytes(
