@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MOST_PIXELS', 'FARTHEST', 'encode', 'data_uri', 'from_data_uri', 'read_picture', 'pictures_of', 'save']
 
-# %% ../nbs/42_images.ipynb #0127c303
+# %% ../nbs/42_images.ipynb #37d5e312
 import base64
-import binascii
 import io
 import re
 import zlib
@@ -38,7 +37,7 @@ def encode(
     image.save(buffer, kind, **FORMATS[kind] | ({"quality": quality} if quality else {}))
     return buffer.getvalue()
 
-# %% ../nbs/42_images.ipynb #effa7d2e
+# %% ../nbs/42_images.ipynb #d689b3e9
 def data_uri(
     image: Image.Image,
     kind: str = "png",  # a key of `FORMATS`
@@ -57,11 +56,11 @@ def from_data_uri(
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         image.load()
-    except (binascii.Error, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"the data URI holds no readable image: {error}.") from None
     return image
 
-# %% ../nbs/42_images.ipynb #424844af
+# %% ../nbs/42_images.ipynb #ac1c5ae8
 MOST_PIXELS = 16_000_000  # of a picture that comes in
 FARTHEST = 4  # how many times longer one side may be than the other
 
@@ -81,15 +80,22 @@ def read_picture(
         if max(width, height) > FARTHEST * min(width, height):
             raise RequestError(f"{name} has {width}x{height} pixels: no side should be more than {FARTHEST} times the "
                                "other.")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):
+        image = ImageOps.exif_transpose(image)
+        return (image.point(lambda grey: grey / 257, "L") if image.mode.startswith("I") else image).convert("RGB")
+    except RequestError:
+        raise
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         raise RequestError(f"{name} should be a PNG, JPEG or WebP picture, whole, as base64 or a data URI.") from None
 
 def pictures_of(
     request: Request,
 ) -> dict[str, Image.Image]:  # "image" and "mask", as far as there are any
     "All pictures that a request brings, or `RequestError`."
-    return {name: read_picture(text, name) for name in ("image", "mask") if (text := getattr(request, name))}
+    found = {name: read_picture(text, name) for name in ("image", "mask") if (text := getattr(request, name))}
+    if len({picture.size for picture in found.values()}) > 1:
+        said = " and ".join("{} has {}x{} pixels".format(name, *picture.size) for name, picture in found.items())
+        raise RequestError(f"{said}: the mask should be of the picture's size.")
+    return found
 
 # %% ../nbs/42_images.ipynb #f933f56e
 def save(

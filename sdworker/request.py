@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Request', 'RequestError', 'parse_request', 'advice']
 
-# %% ../nbs/40_request.ipynb #29572b11
+# %% ../nbs/40_request.ipynb #2961ee35
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from .families import UNKNOWN
 from .schedulers import STAND_INS, sampler_named
 from .settings import Settings, complaint
 
-# %% ../nbs/40_request.ipynb #252af501
+# %% ../nbs/40_request.ipynb #7d812c8f
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -27,7 +28,7 @@ def _texts(value: Any) -> list[str]:
 
 def _whole(text: str | None) -> str | None:
     "Text as it is, unless JSON's escapes spell half a character in it, which no tokenizer takes."
-    if text and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if text and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("should be valid Unicode; it holds half of a surrogate pair")
     return text
 
@@ -40,7 +41,7 @@ def _seeds(value: Any) -> Any:
 def _sampler(value: Any) -> Any:
     return sampler_named(value) if isinstance(value, str) else value
 
-# %% ../nbs/40_request.ipynb #6af60d06
+# %% ../nbs/40_request.ipynb #0b9ec5eb
 class Request(BaseModel):
     "What a job asks for. Fields left out, or null, take the model's defaults."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -58,7 +59,7 @@ class Request(BaseModel):
     image: Annotated[str | None, AfterValidator(_whole)] = None  # to begin from or to edit: base64, or a data URI
     mask: Annotated[str | None, AfterValidator(_whole)] = None  # the same; what is white is drawn anew
     strength: float | None = Field(None, gt=0, le=1)  # how far from `image`; None: 0.6, and 1 with a mask
-    refine_from: float | None = Field(None, ge=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
+    refine_from: float | None = Field(None, gt=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
     image_format: Literal["png", "jpeg", "webp"] | None = None  # of the answer; None: png, which loses nothing
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
@@ -103,7 +104,7 @@ def _breaches(request: Request, card: ModelCard, limits: Settings) -> Iterator[s
     if isinstance(request.seed, list) and len(request.seed) != images:
         yield f"seed has {len(request.seed)} entries for {images} images: give one for each, or a single number."
 
-# %% ../nbs/40_request.ipynb #d05e2fac
+# %% ../nbs/40_request.ipynb #3e50f6cd
 def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
     "Each field that a model's family has no use for, as a sentence."
     family, begins = card.family, bool(request.image)
@@ -117,9 +118,13 @@ def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
         yield f"mask is of no use to {card.name}; leave it out."
     if request.strength and (family.edits or not begins):
         yield f"strength is {request.strength:g}: it says how far to go from image, and there is none to begin from."
+    steps, strength = request.num_inference_steps or card.steps, request.arguments()["strength"]
+    if begins and not family.edits and steps * strength < 1:
+        yield (f"strength is {strength:g} at {steps} step(s), of which none is left: should be at least "
+               f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
     if request.scheduler and not family.samplers:
         yield f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other; leave it out."
-    if (request.guidance_end or 1) < 1 and (begins or not family.samplers):
+    if request.guidance_end is not None and request.guidance_end < 1 and (begins or not family.samplers):
         yield f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with Stable Diffusion " \
               "1.x, 2.x and SDXL; leave it out."
 
