@@ -98,7 +98,7 @@ def _queue_options() -> dict[str, Any]:
     options |= {"handler": answer, "concurrency_modifier": concurrency}
     return options
 
-# %% ../nbs/45_handler.ipynb #593f42cb
+# %% ../nbs/45_handler.ipynb #ed569684
 def _look_ahead(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
     card = None
@@ -120,7 +120,8 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     for moved in usable_caches():
         log.warning(moved)
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
-    check = at_start(chosen, weights, log.warning) if queue else None
+    smaller = chosen.quantize != "off" or chosen.offload != "none"  # by how much only the load will show
+    check = at_start(chosen, 0 if smaller else weights, log.warning) if queue else None
     LEDGER.lap("worker")
     if chosen.load == "eager" and not queue:
         initialize_model(warm=True)
