@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'PROMPT', 'here', 'apart', 'measure', 'table']
 
-# %% ../nbs/95a_breakeven.ipynb #2445aa86
+# %% ../nbs/95a_breakeven.ipynb #88638ce9
 import json
 import os
 import subprocess
@@ -14,16 +14,18 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from .card import EMBEDDED, read_card
 from .compiling import break_even, fill_ahead, fill_cache, prepare, use_compile
 from .engine import generate
 from .measure import timed, write_result
 from .plan import PRICES
-from .profiles import defaults, pipeline_for
+from .profiles import SWITCHES, defaults, pipeline_for
+from .quality import switched
 
-# %% ../nbs/95a_breakeven.ipynb #4eb61c08
-MODES = ("off", "reduce-overhead", "regional", "cached", "ahead")
+# %% ../nbs/95a_breakeven.ipynb #20bf1bc6
+MODES = ("off", "reduce-overhead", "regional", "cached", "ahead", "capsule")
 PROMPT = "a large red star on a blue background"
 
 def here(
@@ -32,16 +34,18 @@ def here(
     fill: bool = False,  # the compiler's cache, for "cached" and for "ahead"
 ) -> dict[str, float]:  # seconds: "prepare", "image"
     "Measure one way in this process: one image in a call, the model's own size and steps."
-    engine = pipeline_for(defaults(compile="off" if mode == "ahead" else mode), read_card(EMBEDDED, "embedded"))
+    card, set_now = read_card(EMBEDDED, "embedded"), mode in ("reduce-overhead", "regional", "cached")
+    engine = (switched(SWITCHES[mode], card) if mode == "capsule" else
+              pipeline_for(defaults(compile=mode if set_now else "off", max_batch=1), card))
     begun = time.perf_counter()
     if fill:
         (fill_ahead if mode == "ahead" else fill_cache)(engine, 1)
     elif mode == "ahead":
-        engine.instead += use_compile(engine.pipe, mode, engine.card)
-    else:
+        engine.instead += use_compile(engine.pipe, mode, card, most=1)
+    elif set_now:
         prepare(engine)
-    took = 0.0 if mode == "off" else time.perf_counter() - begun
-    if engine.instead:
+    took = 0.0 if mode in ("off", "capsule") else time.perf_counter() - begun
+    if getattr(engine, "instead", ""):
         raise RuntimeError(engine.instead)
     return {"prepare": took, "image": timed(lambda: generate(engine, PROMPT, seed=7), repeat)["median"]}
 
@@ -59,30 +63,35 @@ def apart(
             raise RuntimeError(f"{mode} drew nothing: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/95a_breakeven.ipynb #a4416eaa
+# %% ../nbs/95a_breakeven.ipynb #3ccf779b
 def measure(
     modes: Sequence[str] = MODES,
     repeat: int = 5,  # images of each
-) -> dict[str, dict[str, float]]:  # by mode, as `here`
+    rounds: int = 1,  # in turns
+) -> dict[str, dict[str, float]]:  # by mode, as `here`, medians
     "Measure several ways; `cached` finds what `regional` has left, and `ahead` what it was filled with before."
-    with tempfile.TemporaryDirectory() as scratch:
-        return {mode: apart(mode, Path(scratch, "whole" if mode == "reduce-overhead" else "blocks"), repeat)
-                for mode in modes}
+    found = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            found.append({mode: apart(mode, Path(scratch, "whole" if mode == "reduce-overhead" else "blocks"), repeat)
+                          for mode in modes})
+    return {mode: {key: median(one[mode][key] for one in found) for key in found[0][mode]} for mode in modes}
 
 def table(
     found: Mapping[str, Mapping[str, float]],  # from `measure`
     gpus: Sequence[str] = ("A4000", "4090", "A100", "H100"),
 ) -> list[tuple[str, ...]]:  # lines, the first with the headings
-    "When each way has repaid itself, and what its preparation costs a worker on some cards, if it takes as long there."
+    "When each way has repaid itself, and how much less a worker's first thousand images cost on some cards."
     plain = found["off"]["image"]
-    lines = [("compile", "prepare, s", "image, s", "ratio", "repaid after", *(f"{gpu}, $" for gpu in gpus))]
+    lines = [("compile", "prepare, s", "image, s", "ratio", "repaid after", *(f"$ less on {gpu}" for gpu in gpus))]
     for mode, one in found.items():
         images = break_even(one["prepare"], plain, one["image"])
         repaid = "at once" if one["prepare"] == 0 else "never" if images == float("inf") else f"{images:.0f} images"
         lines.append((mode, f"{one['prepare']:.1f}", f"{one['image']:.3f}", f"{one['image'] / plain:.2f}", repaid,
-                      *(f"{one['prepare'] * PRICES[gpu]:.4f}" for gpu in gpus)))
+                      *(f"{(1000 * (plain - one['image']) - one['prepare']) * PRICES[gpu]:.3f}" for gpu in gpus)))
     return lines
 
 if __name__ == "__main__" and "__file__" in globals():
-    write_result(Path(sys.argv[1]), {"modes": measure()}, "python -m sdworker.breakeven: the embedded model, one image "
-                 "in a call, each way in a process of its own; prepare is until compiled code draws")
+    write_result(Path(sys.argv[1]), {"modes": measure(repeat=15, rounds=3)},
+                 "python -m sdworker.breakeven: the embedded model, one image in a call; medians of fifteen images in "
+                 "each of three processes of each way, in turns; prepare is until compiled code draws")
