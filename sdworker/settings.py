@@ -17,7 +17,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or it reads what
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-# %% ../nbs/01_settings.ipynb #c55f3319
+# %% ../nbs/01_settings.ipynb #9af3a86e
 PREFIX = "SDWORKER_"
 
 class _Weights(BaseSettings):
@@ -35,7 +35,8 @@ class _Weights(BaseSettings):
     offline: bool = Field(False, description="Never ask the hub: what is not here cannot be had")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run; `auto` is `cuda` if there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Number format of the weights; `auto` is `float16` on `cuda`, `float32` on `cpu`")
+        "auto", description=(
+        "Number format of the weights; `auto` is the model's own on `cuda`, `float32` on `cpu`"))
 
 # %% ../nbs/01_settings.ipynb #c6b5aa3f
 class _Told(_Weights):
