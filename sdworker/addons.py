@@ -80,18 +80,17 @@ def add_lora(
         layer.weight.copy_(layer.weight.float() + change.view_as(layer.weight))
     return len(layers)
 
-# %% ../nbs/27d_addons.ipynb #f7584466
+# %% ../nbs/27d_addons.ipynb #63f5b15f
 class Refiner:
     "Draws with an engine's base model, and with the refiner from some share of the noise on."
     def __init__(self, engine: "FamilyEngine"):
         from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 
         self.base, folder = engine.pipe, engine.card.folder / "refiner"
-        half = any(".fp16" in path.name for path in folder.iterdir())
         try:
             unet = UNet2DConditionModel.from_pretrained(
-                folder, torch_dtype=getattr(torch, engine.dtype), variant="fp16" if half else None,
-                use_safetensors=True, local_files_only=True).to(engine.device)
+                folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
+                variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None).to(engine.device)
         except Exception as error:
             raise ModelError(f"the refiner in {folder} cannot be loaded; fetch the model again ({error}).",
                              lasting=True) from error
@@ -119,9 +118,8 @@ class Refiner:
         def after(before: int) -> OnStep:
             return lambda done, _: on_step and on_step(before + done, first + last)
         begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from)
-        own = encode_prompts(self.pipe, shots, shape)
-        return denoise(self.pipe, own, shots, shape, after(first), denoising_start=shape.refine_from,
-                       image=begun)
+        return denoise(self.pipe, encode_prompts(self.pipe, shots, shape), shots, shape, after(first),
+                       denoising_start=shape.refine_from, image=begun)
 
 # %% ../nbs/27d_addons.ipynb #7b3e0c1e
 def use_addons(

@@ -98,7 +98,7 @@ def _queue_options() -> dict[str, Any]:
     options |= {"handler": answer, "concurrency_modifier": concurrency}
     return options
 
-# %% ../nbs/45_handler.ipynb #ed569684
+# %% ../nbs/45_handler.ipynb #a53eac3c
 def _look_ahead(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
     card = None
@@ -113,6 +113,7 @@ def _look_ahead(queue: bool) -> int:
         log.warning("not all here yet, so nothing is read ahead: %s", error)  # a volume or a download may bring it
         return 0
 
+# %% ../nbs/45_handler.ipynb #6ae0a37c
 def _run(arguments: list[str], queue: bool = False) -> None:
     "Hand over to the SDK with these arguments of its own."
     chosen = settings()

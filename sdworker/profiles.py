@@ -58,7 +58,7 @@ def defaults(
     "All settings at their defaults but these, whatever the environment says."
     return Settings.model_construct(**changed)
 
-# %% ../nbs/28_profiles.ipynb #12dc07c4
+# %% ../nbs/28_profiles.ipynb #c7386840
 def pipeline_for(
     chosen: Settings,
     card: ModelCard,
@@ -90,6 +90,7 @@ def pipeline_for(
     engine.instead = " ".join(filter(None, words))
     return engine
 
+# %% ../nbs/28_profiles.ipynb #d3dfd587
 def _in_its_way(chosen: Settings, light: bool) -> str:
     "The switch that compiled code of the denoiser does not have; light: its weights have fewer bits."
     if chosen.step_cache > 1:

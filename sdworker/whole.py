@@ -64,7 +64,7 @@ def arguments(
             given["mask_image"] = [shot.mask.convert("L").resize(size) for shot in shots]
     return given
 
-# %% ../nbs/21a_whole.ipynb #745457cd
+# %% ../nbs/21a_whole.ipynb #1110f249
 @torch.no_grad()
 def draw_whole(
     pipe: "DiffusionPipeline",
@@ -87,6 +87,7 @@ def draw_whole(
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return _kept(pixels, given) if shape.begins == "mask" else pixels
 
+# %% ../nbs/21a_whole.ipynb #a69fc77c
 @contextmanager
 def _as_before(pipe: "DiffusionPipeline") -> Iterator[None]:
     "See that a call leaves the parts as they were, and that a step cache knows whose steps it sees."
