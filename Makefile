@@ -25,9 +25,10 @@ demo: venv  ## start the worker, send it six requests, leave pictures in out/dem
 test: venv lint capsule  ## every notebook and every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-capsule: venv  ## compile the embedded model for the tests (two minutes, once; needs g++)
+capsule: venv  ## compile the embedded model for the tests, twice (four minutes, once; needs g++)
 	@why=$$($(PY) -c "from sdworker.encapsulate import why_not; print(why_not())") && if [ -z "$$why" ]; then \
-		SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_CAPSULES=out/capsules $(PY) -m sdworker.cli bake --capsule; \
+		for bits in off int8; do SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_CAPSULES=out/capsules \
+			SDWORKER_QUANTIZE=$$bits $(PY) -m sdworker.cli bake --capsule || exit 1; done; \
 	else echo "what needs a capsule is skipped: $$why"; fi
 
 lint: venv  ## ruff over notebooks, tests and scripts

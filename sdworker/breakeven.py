@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from .card import EMBEDDED, read_card
-from .compiling import break_even, fill_ahead, fill_cache, prepare, use_compile
+from .compiling import break_even, fill_cache, prepare
 from .engine import generate
 from .measure import timed, write_result
 from .plan import PRICES
@@ -25,26 +25,21 @@ from .profiles import SWITCHES, defaults, pipeline_for
 from .quality import switched
 
 # %% ../nbs/95a_breakeven.ipynb #20bf1bc6
-MODES = ("off", "reduce-overhead", "regional", "cached", "ahead", "capsule")
+MODES = ("off", "reduce-overhead", "regional", "cached", "capsule", "capsule, int8")
 PROMPT = "a large red star on a blue background"
 
 def here(
     mode: str,  # one of `MODES`
     repeat: int = 5,  # images
-    fill: bool = False,  # the compiler's cache, for "cached" and for "ahead"
+    fill: bool = False,  # the compiler's cache, for "cached"
 ) -> dict[str, float]:  # seconds: "prepare", "image"
     "Measure one way in this process: one image in a call, the model's own size and steps."
-    card, set_now = read_card(EMBEDDED, "embedded"), mode in ("reduce-overhead", "regional", "cached")
-    engine = (switched(SWITCHES[mode], card) if mode == "capsule" else
-              pipeline_for(defaults(compile=mode if set_now else "off", max_batch=1), card))
+    card, capsule = read_card(EMBEDDED, "embedded"), mode in SWITCHES
+    engine = switched(SWITCHES[mode], card) if capsule else pipeline_for(defaults(compile=mode, max_batch=1), card)
     begun = time.perf_counter()
-    if fill:
-        (fill_ahead if mode == "ahead" else fill_cache)(engine, 1)
-    elif mode == "ahead":
-        engine.instead += use_compile(engine.pipe, mode, card, most=1)
-    elif set_now:
-        prepare(engine)
-    took = 0.0 if mode in ("off", "capsule") else time.perf_counter() - begun
+    if not capsule:
+        fill_cache(engine, 1) if fill else prepare(engine)
+    took = time.perf_counter() - begun if mode in ("reduce-overhead", "regional", "cached") else 0.0
     if getattr(engine, "instead", ""):
         raise RuntimeError(engine.instead)
     return {"prepare": took, "image": timed(lambda: generate(engine, PROMPT, seed=7), repeat)["median"]}
@@ -54,13 +49,13 @@ def apart(
     cache: Path,  # of the compiler; empty, or filled for "cached"
     repeat: int = 5,
 ) -> dict[str, float]:  # as `here`
-    "Measure one way in a process of its own."
-    for fill in {"regional": [True], "ahead": [True, False]}.get(mode, [False]):  # the last one is measured
-        code = f"import json; from sdworker.breakeven import here; print(json.dumps(here({mode!r}, {repeat}, {fill})))"
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{mode} drew nothing: {done.stderr.strip().splitlines()[-1]}")
+    "Measure one way in a process of its own; `regional` fills the cache."
+    asked = f"here({mode!r}, {repeat}, {mode == 'regional'})"
+    done = subprocess.run([sys.executable, "-c", f"import json; from sdworker.breakeven import here; "
+                           f"print(json.dumps({asked}))"], capture_output=True, text=True,
+                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    if done.returncode:
+        raise RuntimeError(f"{mode} drew nothing: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/95a_breakeven.ipynb #3ccf779b
@@ -69,7 +64,7 @@ def measure(
     repeat: int = 5,  # images of each
     rounds: int = 1,  # in turns
 ) -> dict[str, dict[str, float]]:  # by mode, as `here`, medians
-    "Measure several ways; `cached` finds what `regional` has left, and `ahead` what it was filled with before."
+    "Measure several ways; `cached` finds what `regional` has left."
     found = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as scratch:

@@ -28,16 +28,17 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from .cache import capsules_in
-from .card import ModelCard, ModelError, Unsuited, read_entry, read_json
+from .card import ModelCard, ModelError, Unsuited, read_entry, read_json, vae_scale
 from .engine import Encoded, Engine, OnStep, Shape, Shot
 from .files import components, header_of, weight_files
-from .samplers import MOST_STEPS, run_table, seeded, table_for
+from .samplers import MOST_STEPS, run_table, seeded, shifted, table_for
 
 log = logging.getLogger("sdworker")
 
 # %% ../nbs/24_capsule.ipynb #e2a6a3b8
 def model_digest(
     folder: Path,  # in diffusers' layout
+    sample: bool = False,  # the code comes with weights that were made of the model's
 ) -> str:  # sha256 in hexadecimal
     "A hash over all of a model that compiled code depends on, however its weights are parted into files."
     digest = hashlib.sha256((folder / "model_index.json").read_bytes())
@@ -46,18 +47,19 @@ def model_digest(
             if path.suffix in (".json", ".txt", ".model") and ".index." not in path.name:
                 digest.update(f"{name}/{path.name}".encode() + path.read_bytes())
     tensors = {(path.parent.name, key): [entry["dtype"], entry["shape"], few]
-               for path in weight_files(folder) for key, entry, few in _tensors_of(path)}
+               for path in weight_files(folder) for key, entry, few in _tensors_of(path, 1024 if sample else 0)}
     digest.update(repr(sorted(tensors.items())).encode())
     return digest.hexdigest()
 
-def _tensors_of(path: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    "Name, header and, of those with at most eight numbers, the bytes of each tensor in a file."
+def _tensors_of(path: Path, most: int) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    "Name and header of each tensor in a file; its bytes if it has at most eight numbers, or so many from its middle."
     begin, header = header_of(path)
     with path.open("rb") as stream:
         for key, entry in header.items():
             first, end = entry["data_offsets"]
-            stream.seek(begin + first)
-            yield key, entry, stream.read(end - first) if prod(entry["shape"]) <= 8 else b""
+            length = end - first if prod(entry["shape"]) <= 8 else min(most, end - first)
+            stream.seek(begin + (first + end - length) // 2)
+            yield key, entry, stream.read(length)
 
 # %% ../nbs/24_capsule.ipynb #f7248d5c
 def architecture(
@@ -69,26 +71,32 @@ def architecture(
     host = "x86-64-v3" if modern else f"{platform.machine()} {has}"
     return "sm_{}{} on ".format(*torch.cuda.get_device_capability()) + host if device == "cuda" else host
 
-LAYOUT = 1  # of a capsule's files; one more whenever they change
+LAYOUT = 2  # of a capsule's files; one more whenever they change
 MOST_IMAGES, MOST_SIDE = 16, 2048  # in one call; pixels
 
 def ranges(
     card: ModelCard,
 ) -> dict[str, list[int]]:  # least and most; of sides also what they must be multiples of
     "What a capsule can be asked for: images in a call, width and height in pixels, denoising steps."
-    halvings = (len(read_entry(card.folder / part / "config.json", "block_out_channels", list)) - 1
-                for part in ("vae", card.denoiser))
-    unit = lcm(card.multiple, 2 ** sum(halvings))
-    return {"images": [1, MOST_IMAGES], "side": [4 * unit, MOST_SIDE, unit], "steps": [1, MOST_STEPS]}
+    unit, most, denoiser = card.multiple, MOST_SIDE, card.folder / card.denoiser / "config.json"
+    if card.denoiser == "unet":  # which halves what the VAE has halved
+        halvings = (len(read_entry(card.folder / part / "config.json", "block_out_channels", list)) - 1
+                    for part in ("vae", "unet"))
+        unit = lcm(unit, 2 ** sum(halvings))
+    elif places := read_json(denoiser).get("pos_embed_max_size"):  # SD 3.5's; others compute theirs
+        most = min(most, places * card.family.patch * vae_scale(card.folder))
+    return {"images": [1, MOST_IMAGES], "side": [4 * unit, most, unit], "steps": [1, MOST_STEPS]}
 
 def capsule_key(
     card: ModelCard,
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
+    bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> dict[str, Any]:
     "All that a capsule depends on."
-    return {"model": model_digest(card.folder), "layout": LAYOUT, "torch": torch.__version__, "device": device,
-            "architecture": architecture(device), "dtype": dtype, "ranges": ranges(card)}
+    return {"model": model_digest(card.folder, bits != "off"), "layout": LAYOUT, "torch": torch.__version__,
+            "device": device, "architecture": architecture(device), "dtype": dtype, "quantize": bits,
+            "ranges": ranges(card)}
 
 # %% ../nbs/24_capsule.ipynb #47d49a22
 ABOUT = "capsule.json"
@@ -124,7 +132,8 @@ def refusal(
     return ""
 
 _SPOKEN = {"layout": "version of sdworker", "torch": "version of torch", "architecture": "instruction set",
-           "device": "kind of device", "dtype": "number format", "ranges": "range of requests"}
+           "device": "kind of device", "dtype": "number format", "quantize": "kind of weights",
+           "ranges": "range of requests"}
 
 # %% ../nbs/24_capsule.ipynb #71482954
 def find_capsule(
@@ -132,10 +141,11 @@ def find_capsule(
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     places: Iterable[Path],  # folders of capsules
+    bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> tuple[Path | None, str]:  # its folder, or why there is none; empty: nobody has made one
     "The capsule to use here."
     found = capsules_in(places)
-    key, reasons = capsule_key(card, device, dtype) if found else {}, []
+    key, reasons = capsule_key(card, device, dtype, bits) if found else {}, []
     for folder in found:
         if not (reason := refusal(folder, key)):
             return folder, ""
@@ -254,8 +264,8 @@ def encode_texts(
     shots: Sequence[Shot],
     shape: Shape,
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
-    "Embed the prompts of a batch, and the negative ones if there is guidance."
-    texts = [shot.prompt for shot in shots] + [shot.negative_prompt for shot in shots if shape.guided]
+    "Embed the prompts of a batch, and the negative ones if there is guidance by them."
+    texts = [shot.prompt for shot in shots] + [shot.negative_prompt for shot in shots if _guided(engine, shape)]
     tokens = [torch.tensor([found.ids for found in tokenizer.encode_batch(texts)], device=engine.device)
               for tokenizer in engine.tokenizers]
     found = engine.run("text", *tokens)
@@ -264,6 +274,10 @@ def encode_texts(
         for tensor in found:
             tensor[empty] = 0
     return dict(zip(("text", "pooled"), found, strict=False))
+
+def _guided(engine: CapsuleEngine, shape: Shape) -> int:
+    "Steps in which the denoiser is called for the negative prompts too."
+    return 0 if "guidance" in engine.about["told"] or not engine.card.family.negative else shape.guided
 
 # %% ../nbs/24_capsule.ipynb #591d0db4
 @torch.inference_mode()
@@ -275,16 +289,10 @@ def denoise_by_table(
     on_step: OnStep | None = None,
 ) -> torch.Tensor:  # latents
     "Go from noise to latents by a sampler's table and the compiled denoiser."
-    about, dtype, text = engine.about, getattr(torch, engine.dtype), encoded["text"]
-    fixed = [text, encoded["pooled"]] if "pooled" in encoded else [text]
-    if "pooled" in encoded:  # SDXL is told the size of the picture that a crop would come from, and the crop's
-        sizes = [shape.height, shape.width, 0, 0, shape.height, shape.width]
-        fixed.append(torch.tensor([sizes] * len(text), dtype=dtype, device=engine.device))
-
-    guided = iter(range(shape.guided))
-
+    about, guided = engine.about, iter(range(_guided(engine, shape)))
+    fixed = [_told(name, engine, encoded, shape) for name in about["told"]]
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
-        calls = len(text) if next(guided, None) is not None else len(shots)
+        calls = len(fixed[0]) if next(guided, None) is not None else len(shots)
         given = latents.repeat(calls // len(shots), 1, 1, 1)
         told = (torch.full((calls,), t, device=engine.device), *(tensor[:calls] for tensor in fixed))
         said = engine.run("denoiser", given, *told)[0]
@@ -292,10 +300,21 @@ def denoise_by_table(
             return said
         wanted, unwanted = said.chunk(2)
         return unwanted + shape.guidance * (wanted - unwanted)
-    table = table_for(*(engine.tables[f"{shape.sampler or OWN} {part}"] for part in ("rows", "ends")), shape.steps)
     size = (len(shots), about["channels"], shape.height // about["scale"], shape.width // about["scale"])
+    table = table_for(*(engine.tables[f"{shape.sampler or OWN} {part}"] for part in ("rows", "ends")), shape.steps)
+    if about["shift"]:  # which is for a number of tokens: a, b of a * tokens + b
+        a, b = about["shift"]
+        table = shifted(table, a * (size[2] // 2) * (size[3] // 2) + b)
     random = [seeded(shot.seed) for shot in shots]
-    return run_table(table, denoiser, size, random, dtype, engine.device, on_step)
+    return run_table(table, denoiser, size, random, getattr(torch, engine.dtype), engine.device, on_step)
+
+def _told(name: str, engine: CapsuleEngine, encoded: Encoded, shape: Shape) -> torch.Tensor:
+    "What the denoiser is told beside latents and timestep, for each call in a batch."
+    if name in encoded:
+        return encoded[name]
+    told = {"sizes": [shape.height, shape.width, 0, 0, shape.height, shape.width],  # whole, place, cut
+            "guidance": shape.guidance}[name]
+    return torch.tensor([told] * len(encoded["text"]), dtype=getattr(torch, engine.dtype), device=engine.device)
 
 # %% ../nbs/24_capsule.ipynb #67e25710
 def beyond(

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -156,15 +155,14 @@ def bake(
     extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
     capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
     compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
-    compile_ahead: Annotated[bool, typer.Option("--compile-ahead", help="Compile any model's denoiser.")] = False,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
     With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
-    diffusers. May be interrupted and called again. A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH
-    names.
+    diffusers; with its weights in fewer bits where SDWORKER_QUANTIZE says so. May be interrupted and called again.
+    A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
 
     Examples:
 
@@ -175,15 +173,17 @@ def bake(
 
         sdworker bake --capsule
 
+        SDWORKER_QUANTIZE=int8 sdworker bake --capsule
+
         SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
     """
-    if (model is None) != (to is None) or not (model or capsule or compile_cache or compile_ahead):
+    if (model is None) != (to is None) or not (model or capsule or compile_cache):
         raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
                                  "compiles the model of the settings.", param_hint="MODEL")
     report = _baked(model, to, revision, variant, extras, told=not as_json) if model else {}
-    for name, wanted in {"capsule": capsule, "compile_cache": compile_cache, "compile_ahead": compile_ahead}.items():
+    for name, wanted, make in (("capsule", capsule, _capsule), ("compile_cache", compile_cache, _compile)):
         if wanted:
-            report[name] = _COMPILERS[name](to, report.get("repository"), device, told=not as_json)
+            report[name] = make(to, report.get("repository"), device, told=not as_json)
     if as_json:
         typer.echo(json.dumps(report))
 
@@ -217,7 +217,7 @@ def _capsule(model: Path | None, name: str | None, device: str | None, told: boo
         from sdworker.encapsulate import make_capsule
 
         chosen, card, where = _what(model, name, device)
-        folder = make_capsule(card, capsule_places(chosen)[0], *where, tell)
+        folder = make_capsule(card, capsule_places(chosen)[0], *where, chosen.quantize, tell)
         size = sum(path.stat().st_size for path in folder.iterdir())
         found = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
     if told:
@@ -237,24 +237,18 @@ def _what(model: Path | None, name: str | None, device: str | None):
     return chosen, card, place(chosen, card.family.half)
 
 # %% ../nbs/99_cli.ipynb #566396a4
-def _compile(way: str, model: Path | None, name: str | None, device: str | None, told: bool) -> str:
-    "Compile the pipeline's denoiser for later starts; the folder with what came of it."
+def _compile(model: Path | None, name: str | None, device: str | None, told: bool) -> str:
+    "Fill the compiler's cache for later starts; its folder."
     with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
-        from sdworker.compiling import fill_ahead, fill_cache
+        from sdworker.compiling import fill_cache
         from sdworker.profiles import pipeline_for
-        from sdworker.quantize import quantization
 
         chosen, card, where = _what(model, name, device)
-        mode, fill = {"cached": ("regional", fill_cache), "ahead": ("off", fill_ahead)}[way]
-        engine = pipeline_for(chosen.model_copy(update={"compile": mode}), card, *where)
-        bits = chosen.quantize if quantization(chosen.quantize, card, where[0])[0] else "off"
-        folder = fill(engine, chosen.max_batch, *[bits] * (way == "ahead"))
+        folder = fill_cache(pipeline_for(chosen.model_copy(update={"compile": "regional"}), card, *where),
+                            chosen.max_batch)
     if told:
-        typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE={way}")
+        typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE=cached")
     return str(folder)
-
-_COMPILERS = {"capsule": _capsule, "compile_cache": partial(_compile, "cached"),
-              "compile_ahead": partial(_compile, "ahead")}  # by option of `bake`
 
 @contextmanager
 def _of_steps(shown: bool):

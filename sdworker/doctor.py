@@ -236,10 +236,11 @@ def capsule(chosen: Settings) -> Finding:
 
     if chosen.engine == "pipeline":
         return well("capsule", "not wanted: SDWORKER_ENGINE is 'pipeline'.")
-    if not model_card().family.samplers:
+    if not model_card().family.compiles:
         return well("capsule", "there are none for this family of models.")
     places = capsule_places(chosen)
-    found, reason = find_capsule(model_card(), *place(chosen), places) if capsules_in(places) else (None, "")
+    here = (*place(chosen), places, chosen.quantize)
+    found, reason = find_capsule(model_card(), *here) if capsules_in(places) else (None, "")
     if found:
         return well("capsule", f"{found} fits.")
     return Finding("capsule", "fail" if chosen.engine == "capsule" else "warn", f"{reason or 'there is none'}.",

@@ -233,6 +233,7 @@ def to_pixels(
         mean, std = (torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
                      for v in (config.latents_mean, config.latents_std))
         latents = latents * std + mean
+    latents = latents + (getattr(config, "shift_factor", None) or 0)
     return as_bytes(vae.decode(latents, return_dict=False)[0])
 
 def as_bytes(

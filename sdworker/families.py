@@ -37,6 +37,11 @@ class Family:
         "Of weights, on a GPU."
         return 2 * self.numbers
 
+    @property
+    def compiles(self) -> bool:
+        "Whether a capsule can be made: the denoiser's calls are known, and all have one length of text."
+        return self is not UNKNOWN and not self.grows
+
 # %% ../nbs/02a_families.ipynb #a8674e71
 FAMILIES = {
     "StableDiffusionPipeline": Family(
@@ -86,14 +91,15 @@ def card_for(
 def families_table() -> str:  # Markdown
     "The families as they are shown in the documentation."
     rows = ["| family | pipeline class | steps | guidance | negative prompt | side | samplers | begins from | "
-            "format | weights | card | licence |", "|---|---|--:|---|---|--:|---|---|---|--:|---|---|"]
+            "capsule | format | weights | card | licence |", "|---|---|--:|---|---|--:|---|---|---|---|--:|---|---|"]
     for pipeline, family in FAMILIES.items():
         few = "".join(f", {name}: {steps}" for name, (steps, _) in family.few.items())
         begins = "a picture alone" if family.edits else "noise, a picture" + ", a masked one" * bool(family.inpaint)
         rows.append(f"| [{family.name}](https://huggingface.co/{family.model}) | `{pipeline}` | {family.steps}{few} | "
                     f"{family.guidance:g} by `{family.guided_by}` | {'yes' if family.negative else 'no'} | "
                     f"{family.side}, in steps of {8 * family.patch} | "
-                    f"{'any' if family.samplers else 'its own'} | {begins} | {family.half} | "
+                    f"{'any' if family.samplers else 'its own'} | {begins} | "
+                    f"{'yes' if family.compiles else 'no'} | {family.half} | "
                     f"{family.gigabytes:.1f} GB | {card_for(family)} GB: {CARDS[card_for(family)]} | "
                     f"{family.licence} |")
     return "\n".join(rows)

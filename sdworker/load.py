@@ -108,9 +108,9 @@ def _load(chosen: Settings) -> "Engine":
 # %% ../nbs/35_load.ipynb #f771d004
 def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
     "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
-    if chosen.engine == "capsule" and not card.family.samplers:
-        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and capsules are for Stable Diffusion 1.x, 2.x and SDXL; "
-                         f"{card.name} is a {card.pipeline}: use 'auto'.", lasting=True)
+    if chosen.engine == "capsule" and not card.family.compiles:
+        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and there are none for the denoiser of a {card.pipeline}; for "
+                         f"{card.name} use 'auto'.", lasting=True)
     if chosen.engine == "capsule" and (more := beside(card)):
         raise ModelError(f"SDWORKER_ENGINE is 'capsule', which does not draw with the {' and the '.join(more)} baked "
                          f"beside {card.name}: use 'auto'.", lasting=True)
@@ -121,7 +121,7 @@ def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tup
     from sdworker.capsule import CapsuleEngine, CapsuleFirst, beyond, find_capsule
     from sdworker.engine import Shape
 
-    folder, reason = find_capsule(card, device, dtype, places)
+    folder, reason = find_capsule(card, device, dtype, places, chosen.quantize)
     LEDGER.lap("check capsule")
     if folder:
         try:

@@ -111,7 +111,7 @@ def _sd3() -> dict[str, Any]:
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": SD3Transformer2DModel(
                 sample_size=32, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
                 joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=16,
-                pos_embed_max_size=32)}
+                pos_embed_max_size=64)}
 
 # %% ../nbs/07_miniatures.ipynb #4e4ddbbe
 _DIT = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
@@ -122,7 +122,8 @@ def _flux() -> dict[str, Any]:
 
     two = _t5()
     return {**_clip(), "text_encoder_2": two["text_encoder"], "tokenizer_2": two["tokenizer"], "vae": _flow_vae(),
-            "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": FluxTransformer2DModel(
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            "transformer": FluxTransformer2DModel(
                 **_DIT, num_single_layers=1, pooled_projection_dim=16, guidance_embeds=True)}
 
 def _z_image() -> dict[str, Any]:

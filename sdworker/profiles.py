@@ -48,6 +48,7 @@ SWITCHES = {
     "quantize: nf4": Switch({"quantize": "nf4"}, least=20),
     "bfloat16": Switch({"dtype": "bfloat16"}, least=35),
     "capsule": Switch({"engine": "capsule"}),
+    "capsule, int8": Switch({"engine": "capsule", "quantize": "int8"}),
     "DPM++ 2M, 12 steps": Switch(request={"sampler": "dpmpp_2m", "steps": 12}, least=25),
     "guidance to 60 %": Switch(request={"guidance_end": 0.6}, least=25),
 }
@@ -86,20 +87,14 @@ def pipeline_for(
              use_attention(engine.pipe, chosen.attention, device, dtype),
              use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
              use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
-                         _in_its_way(chosen, light), chosen.quantize if fewer else "off", chosen.max_batch))
+                         _in_its_way(chosen, light), chosen.max_batch))
     engine.instead = " ".join(filter(None, words))
     return engine
 
 # %% ../nbs/28_profiles.ipynb #d3dfd587
 def _in_its_way(chosen: Settings, light: bool) -> str:
     "The switch that compiled code of the denoiser does not have; light: its weights have fewer bits."
-    if chosen.step_cache > 1:
-        return "SDWORKER_STEP_CACHE"
-    if chosen.attention != "sdpa" and chosen.compile == "ahead":  # in its code there is the one it was made with
-        return "SDWORKER_ATTENTION"
-    if chosen.channels_last and chosen.compile == "ahead":  # its code was made for weights as they lie in the files
-        return "SDWORKER_CHANNELS_LAST"
-    return "SDWORKER_QUANTIZE" if light and chosen.compile != "ahead" else ""
+    return "SDWORKER_STEP_CACHE" if chosen.step_cache > 1 else "SDWORKER_QUANTIZE" if light else ""
 
 # %% ../nbs/28_profiles.ipynb #732d922a
 def beside(
@@ -113,10 +108,11 @@ def for_pipeline_alone(
     card: ModelCard,
 ) -> bool:
     "Whether a model or something that is set is beyond compiled code."
-    asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile,
-             chosen.quantize, chosen.step_cache, preset_of(card, chosen.preset))
-    usual = ("sdpa", "whole", "none", False, "off", "off", 1, None)
-    return not card.family.samplers or bool(beside(card)) or asked != usual
+    preset = preset_of(card, chosen.preset)
+    asked = (chosen.attention, chosen.vae, chosen.offload, chosen.channels_last, chosen.compile, chosen.step_cache,
+             preset.sampler if preset else "")  # with its own spacing, which no capsule has
+    usual = ("sdpa", "whole", "none", False, "off", 1, "")
+    return not card.family.compiles or bool(beside(card)) or asked != usual
 
 # %% ../nbs/28_profiles.ipynb #ad2ccd61
 def profile_table() -> str:  # Markdown

@@ -105,7 +105,7 @@ def switched(
     if chosen.engine == "capsule":
         from sdworker.capsule import CapsuleEngine, find_capsule
 
-        folder, reason = find_capsule(card, device, dtype, capsule_places(settings()))
+        folder, reason = find_capsule(card, device, dtype, capsule_places(settings()), chosen.quantize)
         if not folder:
             raise ModelError(reason or "nobody has made one; `sdworker bake --capsule` does.")
         return CapsuleEngine(card, folder, device)

@@ -12,15 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from handled import handled, pixels
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from sdworker.capsule import CapsuleEngine, beyond, digest_of
+from sdworker.capsule import CapsuleEngine, beyond, capsule_key, digest_of
 from sdworker.card import EMBEDDED, Unsuited, read_card
 from sdworker.compiled import same_pictures
 from sdworker.embedded import judge
 from sdworker.encapsulate import make_capsule, why_not
 from sdworker.engine import PipelineEngine, Shape, generate
-from sdworker.images import from_data_uri
+from sdworker.images import data_uri, from_data_uri
 from sdworker.loopback import Shift, work
+from sdworker.measure import psnr
+from sdworker.miniatures import miniature
 
 ROOT = Path(__file__).parent.parent
 OURS = [sys.executable, "-m", "sdworker.cli", "start"]
@@ -274,3 +279,39 @@ def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
     assert engine.about["psnr"] > 40 and set(engine.parts) == {"text", "denoiser", "vae"}
     assert beyond(engine, Shape(64, 64, 20, 7.5), 1) == "the capsule has no table of the scheduler of the model"
     assert beyond(engine, Shape(64, 64, 20, 7.5, "ddim"), 1) == ""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pipeline, bits", [("StableDiffusion3Pipeline", "off"), ("FluxPipeline", "int8")])
+def test_transformers_have_a_capsule_and_need_no_diffusers(pipeline, bits, tmp_path):
+    folder, here = miniature(pipeline, tmp_path / "tiny"), {"SDWORKER_QUANTIZE": bits}
+    make_capsule(read_card(folder), tmp_path / "capsules", bits=bits)
+    jobs = {"plain": {}, "wide": {"width": 128, "height": 64, "num_images": 3}, "guided": {"guidance_scale": 9.0},
+            "alone": {"width": 128, "height": 64, "seed": 8}, "few": {"num_inference_steps": 1},
+            "other": {"prompt": "a blue ring"}, "unwanted": {"negative_prompt": "blue"}}
+    theirs, _ = handled(folder, jobs, SDWORKER_ENGINE="pipeline", **here)
+    ours, log = handled(folder, jobs, SDWORKER_ENGINE="capsule", SDWORKER_CAPSULES=str(tmp_path / "capsules"), **here)
+    assert log.rstrip().endswith("imported:"), "neither diffusers nor torchao"
+    for name in jobs:
+        assert min(map(psnr, pixels(ours[name]), pixels(theirs[name]), strict=True)) > 50, name
+    plain = pixels(ours["plain"])[0]
+    assert all((pixels(ours[name])[0] != plain).any() for name in ("guided", "few", "other"))
+    assert (pixels(ours["unwanted"])[0] != plain).any() == read_card(folder).family.negative
+    assert np.abs(pixels(ours["wide"])[1] - pixels(ours["alone"])[0]).max() <= 2, "the same alone and in company"
+    begun = {"image": data_uri(Image.new("RGB", (64, 64), "red")), "num_inference_steps": 4}
+    both, log = handled(folder, {"first": {}, "begun": begun}, SDWORKER_CAPSULES=str(tmp_path / "capsules"), **here)
+    assert both["first"]["warnings"] == [] and "begins from a picture" in both["begun"]["warnings"][0]
+    assert both["begun"]["images"] and "diffusers" in log.rpartition("imported:")[2]
+
+
+def test_a_capsule_in_eight_bits_is_for_the_weights_that_it_was_made_of(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    card = read_card(folder)
+    keys = [{bits: capsule_key(card, bits=bits)["model"] for bits in ("off", "int8")}]
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    save_file(weights | {name: weights[name] * 1.01}, path)
+    keys.append({bits: capsule_key(card, bits=bits)["model"] for bits in ("off", "int8")})
+    assert keys[0]["off"] == keys[1]["off"] and keys[0]["int8"] != keys[1]["int8"]

@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from handled import handled, pixels
 from PIL import Image
 
 from sdworker.card import EMBEDDED, read_card
@@ -100,22 +98,3 @@ def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name)
     assert len(answer["images"]) == 1
     assert any(f"was made for {name}" in warning for warning in answer["warnings"]), answer["warnings"]
     assert "compiled in" not in shift.log
-
-
-def test_a_transformer_in_eight_bits_that_was_compiled_ahead_of_time(tmp_path):
-    folder = miniature("FluxPipeline", tmp_path / "flux")
-    here = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "SDWORKER_MODEL": str(folder),
-            "SDWORKER_MAX_BATCH": "1", "SDWORKER_QUANTIZE": "int8"}
-    done = subprocess.run([sys.executable, "-m", "sdworker.cli", "bake", "--compile-ahead", "--json"], text=True,
-                          env=os.environ | here, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    ahead = Path(json.loads(done.stdout)["compile_ahead"])
-    assert max(path.stat().st_size for path in ahead.glob("*.safetensors")) < 1e5, "the weights stay the model's"
-    plain, _ = handled(folder, {"one": {}}, **here)
-    compiled, _ = handled(folder, {"one": {}}, SDWORKER_COMPILE="ahead", CXX="no-such-compiler", **here)
-    assert compiled["one"]["warnings"] == []
-    assert psnr(pixels(plain["one"])[0], pixels(compiled["one"])[0]) > 50
-    note = ahead / "sdworker.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"architecture": "another"}))
-    refused, _ = handled(folder, {"one": {}}, SDWORKER_COMPILE="ahead", **here)
-    assert "was made for architecture another" in refused["one"]["warnings"][0] and refused["one"]["images"]
