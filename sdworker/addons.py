@@ -6,13 +6,16 @@
 __all__ = ['log', 'add_lora', 'Refiner', 'use_addons']
 
 # %% ../nbs/27d_addons.ipynb #d62dcc18
+import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from .card import ModelError, Unsuited
 from .engine import Encoded, OnStep, Shape, Shot, denoise, encode_prompts, scheduler_for
@@ -30,18 +33,33 @@ log = logging.getLogger("sdworker")
 _LORA = re.compile(r"(\w+)\.(.+?)[._](?:lora(?:_linear_layer)?\.(?P<old>down|up)|lora_(?P<new>A|B))\.weight")
 
 def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor, float]]:
-    "Component, layer, the thin matrices A and B, and alpha / r, of each layer that a LoRA changes."
+    "Component, layer, the thin matrices A and B, and what their product is multiplied by, of each layer of a LoRA."
     told = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {"return_alphas": True}
     found = type(pipe).lora_state_dict(str(path), use_safetensors=True, local_files_only=True, **told)
-    state, alphas = found if isinstance(found, tuple) else (found, None)
+    state, alphas = found if isinstance(found, tuple) else (found, {})
+    with safe_open(path, "pt") as file:
+        note = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    alphas = {**(alphas or {}), **{key: value for key, value in state.items() if key.endswith(".alpha")}}
     for key, below in state.items():
+        if key in alphas:
+            continue
         if not (match := _LORA.fullmatch(key)):
             raise ModelError(f"{path} holds {key}, which is of no LoRA that this version can add; leave it out.",
                              lasting=True)
         if (match["old"] or match["new"]) in ("down", "A"):
-            above = state[key.replace(".down.", ".up.").replace("lora_A", "lora_B")]
-            alpha = (alphas or {}).get(f"{key}.alpha", (alphas or {}).get(f"{match[1]}.{match[2]}.alpha", len(below)))
-            yield match[1], match[2], below, above, float(alpha) / len(below)
+            above = state.get(key.replace(".down.", ".up.").replace("lora_A", "lora_B"), below[:0])
+            share = _share(note, match[1], path, len(below))
+            for name in (f"{key}.alpha", f"{match[1]}.{match[2]}.alpha"):
+                share = float(alphas[name]) / len(below) if name in alphas else share
+            yield match[1], match[2].removeprefix(f"{match[1]}."), below, above, share
+
+def _share(note: dict[str, Any], component: str, path: Path, rank: int) -> float:
+    "What a file's own note says that products are multiplied by."
+    if note.get(f"{component}.alpha_pattern") or note.get(f"{component}.use_dora"):
+        raise ModelError(f"{path} has another alpha for each layer, or is a DoRA, which this version cannot add; leave "
+                         "it out.", lasting=True)
+    root = math.sqrt(rank) if note.get(f"{component}.use_rslora") else rank
+    return float(note.get(f"{component}.lora_alpha", root)) / root
 
 def _layer(layers: dict[str, torch.nn.Module], name: str) -> torch.nn.Module | None:
     "One of a component's layers by any of the names that LoRAs have for it."
@@ -65,15 +83,18 @@ def add_lora(
     except ModelError:
         raise
     except Exception as error:  # of four libraries
-        raise ModelError(f"{path} cannot be read as a LoRA for {type(pipe).__name__} ({error}); leave it out.",
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} cannot be read as a LoRA for {type(pipe).__name__} ({reason}); leave it out.",
                          lasting=True) from error
     inside = {name: dict(part.named_modules()) for name, part in pipe.components.items()
               if isinstance(part, torch.nn.Module)}
     layers = [_layer(inside.get(component, {}), name) for component, name, *_ in products]
     for layer, (component, name, below, above, _) in zip(layers, products, strict=True):
-        if layer is None or layer.weight.numel() != len(above) * below[0].numel():
+        if layer is None or layer.weight.numel() != len(above) * below[0].numel() or above.shape[1] != len(below):
             raise ModelError(f"{path} is for another model: {component}.{name} is not here, or of another size; leave "
                              "it out.", lasting=True)
+        if not (below.isfinite().all() and above.isfinite().all()):
+            raise ModelError(f"{path} holds numbers that are none in {component}.{name}; leave it out.", lasting=True)
     for layer, (_, _, below, above, share) in zip(layers, products, strict=True):
         below, above = (part.to(layer.weight.device, torch.float32).flatten(1) for part in (below, above))
         change = scale * share * (above @ below)
@@ -115,8 +136,8 @@ class Refiner:
             raise Unsuited(f"refine_from is {shape.refine_from:g}, which leaves the base no step of {last}: give more.")
         if not last:
             return denoise(self.base, encoded, shots, shape, on_step)
-        def after(before: int) -> OnStep:
-            return lambda done, _: on_step and on_step(before + done, first + last)
+        def after(before: int) -> OnStep:  # Heun takes one more where it is cut
+            return lambda done, _: on_step and on_step(min(before + done, first + last), first + last)
         begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from)
         return denoise(self.pipe, encode_prompts(self.pipe, shots, shape), shots, shape, after(first),
                        denoising_start=shape.refine_from, image=begun)

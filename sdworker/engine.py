@@ -369,9 +369,10 @@ def generate(
     "Draw pictures. Values are taken as they are; `request` is where they are checked."
     card, timings, pictures = engine.card, Timings(), []
     image, own = _beginning(card, image)
+    refined = _refined(engine, image, guidance_end, refine_from)
     shape = Shape(width or own[0], height or own[1], steps or card.steps,
                   card.guidance if guidance is None else guidance, sampler, guidance_end,
-                  "mask" if mask else "image" if image else "noise", strength, _refined(engine, image, refine_from))
+                  "mask" if mask else "image" if image else "noise", strength, refined)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
     seeds = image_seeds(seed, len(prompts))
     shots = [Shot(p, s, negative_prompt, image, mask) for p, s in zip(prompts, seeds, strict=True)]
@@ -392,11 +393,11 @@ def _beginning(card: ModelCard, image: Image.Image | None) -> tuple[Image.Image 
         image = image or Image.new("RGB", (card.side, card.side), "grey")
     return image, fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
 
-def _refined(engine: Engine, image: Image.Image | None, asked: float | None) -> float:
-    "From where a refiner draws: never over a picture that is begun from, unless asked to."
+def _refined(engine: Engine, image: Image.Image | None, guidance_end: float, asked: float | None) -> float:
+    "From where a refiner draws: over no picture that is begun from, nor after guidance has ended, unless asked to."
     if asked is not None:
         return asked
-    return 0.8 if getattr(engine, "refine", None) and not image else 1.0
+    return 0.8 if getattr(engine, "refine", None) and not image and guidance_end == 1 else 1.0
 
 def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
     "Draw one batch."

@@ -40,7 +40,8 @@ def preset_of(
     family = card.family
     known = PRESETS if family.samplers else {name: Preset(*numbers) for name, numbers in family.few.items()}
     if chosen == "auto":
-        return next((preset for name, preset in known.items() if name in card.name.lower()), None)
+        model = card.name.rstrip("/").rpartition("/")[2].lower()  # not the folder that it lies in
+        return next((preset for name, preset in known.items() if name in model), None)
     return known.get(chosen)
 
 # %% ../nbs/26_presets.ipynb #185e73f5

@@ -83,18 +83,30 @@ def pipeline_for(
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
     light = bool(fewer) and card.denoiser in fewer.quant_mapping
-    words = (said, use_addons(engine, chosen.lora_scale, bool(fewer)), use_step_cache(engine, chosen.step_cache),
-             use_attention(engine.pipe, chosen.attention, device, dtype),
-             use_memory(engine.pipe, chosen.vae, chosen.offload, chosen.channels_last, device),
+    words = [said, use_addons(engine, chosen.lora_scale, bool(fewer)), use_step_cache(engine, chosen.step_cache),
              use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
-                         _in_its_way(chosen, light), chosen.max_batch))
-    engine.instead = " ".join(filter(None, words))
+                         _in_its_way(chosen, light), chosen.max_batch), _unknown_preset(chosen, card)]
+    for pipe in (engine.pipe, *([engine.refine.pipe] if engine.refine else [])):
+        offload = chosen.offload if pipe is engine.pipe else "none"
+        words += [use_attention(pipe, chosen.attention, device, dtype),
+                  use_memory(pipe, chosen.vae, offload, chosen.channels_last, device)]
+    engine.instead = " ".join(dict.fromkeys(filter(None, words)))
     return engine
 
 # %% ../nbs/28_profiles.ipynb #d3dfd587
 def _in_its_way(chosen: Settings, light: bool) -> str:
     "The switch that compiled code of the denoiser does not have; light: its weights have fewer bits."
-    return "SDWORKER_STEP_CACHE" if chosen.step_cache > 1 else "SDWORKER_QUANTIZE" if light else ""
+    if chosen.step_cache > 1 or light:
+        return "SDWORKER_STEP_CACHE" if chosen.step_cache > 1 else "SDWORKER_QUANTIZE"
+    if chosen.compile == "cached" and (chosen.attention != "sdpa" or chosen.channels_last):  # nobody has filled one so
+        return "SDWORKER_ATTENTION" if chosen.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
+    return ""
+
+def _unknown_preset(chosen: Settings, card: ModelCard) -> str:
+    "A word about a preset that is asked for and that the family does not have."
+    if chosen.preset in ("auto", "none") or preset_of(card, chosen.preset):
+        return ""
+    return f"SDWORKER_PRESET is {chosen.preset!r}, which {card.family.name} does not have."
 
 # %% ../nbs/28_profiles.ipynb #732d922a
 def beside(

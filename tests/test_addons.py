@@ -11,6 +11,7 @@ from sdworker.card import read_card
 from sdworker.engine import generate
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature, with_refiner
+from sdworker.profiles import defaults, pipeline_for
 from sdworker.stepcache import use_step_cache
 from sdworker.whole import FamilyEngine
 
@@ -56,10 +57,12 @@ def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_jo
     assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == usual.tobytes()
 
 
-def test_a_lora_of_a_transformer_keeps_its_alpha(tmp_path):
-    pipe = FamilyEngine(read_card(miniature("FluxPipeline", tmp_path / "flux"))).pipe
-    path, layer = tmp_path / "one.safetensors", "transformer.transformer_blocks.0.attn.to_q"
-    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline"])
+def test_a_lora_of_a_transformer_keeps_its_alpha(family, tmp_path):
+    pipe = FamilyEngine(read_card(miniature(family, tmp_path / "model"))).pipe
+    name = "layers.0.attention.to_q" if family == "ZImagePipeline" else "transformer_blocks.0.attn.to_q"
+    path, layer = tmp_path / "one.safetensors", f"transformer.{name}"
+    weight = pipe.transformer.get_submodule(name).weight
     before, width = weight.clone(), weight.shape[1]
     save_file({f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(len(weight), 2),
                f"{layer}.alpha": torch.tensor(1.0)}, path)
@@ -74,12 +77,13 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
               folder / "loras" / "one.safetensors")
     asked = PLAIN["plain"]
     jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refine_from": 1.0},
-            "end": asked | {"refine_from": 0.8, "guidance_end": 0.5}}
+            "end": asked | {"refine_from": 0.8, "guidance_end": 0.5}, "ended": asked | {"guidance_end": 0.5}}
     answers, log = handled(folder, jobs)
     assert "LoRA one.safetensors: 1 layers, scale 1" in log and "peft" not in log.rpartition("imported:")[2]
     refined, unwanted, base = (pixels(answers[name])[0] for name in ("refined", "unwanted", "base"))
     assert np.abs(refined - base).max() > 0 and np.abs(refined - unwanted).max() > 0
     assert answers["end"]["error"].startswith("refine_from is for a model with a refiner")
+    assert (pixels(answers["ended"])[0] != base).any() and answers["ended"]["warnings"] == [], "the base draws alone"
     without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
     assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
 
@@ -87,3 +91,11 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
 def test_a_refiner_that_was_not_baked_is_missed_in_a_sentence():
     answers, _ = handled("embedded", {"refined": PLAIN["plain"] | {"refine_from": 0.8}})
     assert answers["refined"]["error"].startswith("refine_from is for a model with a refiner")
+
+
+def test_a_refiner_has_the_switches_of_its_base(tmp_path):
+    card = read_card(with_refiner(tmp_path / "model"))
+    engine = pipeline_for(defaults(attention="sliced", channels_last=True), card)
+    for unet in (engine.pipe.unet, engine.refine.pipe.unet):
+        assert {type(one).__name__ for one in unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+        assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
