@@ -64,8 +64,8 @@ def quantization(
     "How a pipeline is to be loaded."
     parts = {card.denoiser if name == "denoiser" else name: kind for name, kind in quantized_parts(asked).items()}
     here = dict(components(card.folder))
-    reasons = {name: lacks(kind, device) if name in here else f"{card.name} has no {name}"
-               for name, kind in parts.items()}
+    reasons = {name: lacks(kind, device) if name in here and any((card.folder / name).glob("*.safetensors")) else
+               f"{card.name} has no weights in {name}" for name, kind in parts.items()}
     used = {name: kind for name, kind in parts.items() if not reasons[name]}
     why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
     said = f"SDWORKER_QUANTIZE is {asked!r}, which is {'used in part' if used else 'not used'}: {why}." if why else ""
