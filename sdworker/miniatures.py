@@ -155,6 +155,7 @@ def _sigma() -> dict[str, Any]:
 MINIATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _sd15, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux,
     "ZImagePipeline": _z_image, "QwenImagePipeline": _qwen, "QwenImageEditPipeline": _qwen,
+    "QwenImageEditPlusPipeline": _qwen,
     "PixArtSigmaPipeline": _sigma,  # of no family in the table
 }
 _PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,

@@ -110,11 +110,11 @@ def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
     family, begins = card.family, bool(request.image)
     if family.edits and not begins:
         yield f"image is missing; {card.name} edits a picture, and draws none without."
-    if begins and not (family.edits or family.from_image):
+    if begins and not (family.edits or family.from_image or family is UNKNOWN):
         yield f"image is of no use to {card.name}, which draws from text alone; leave it out."
     if request.mask and not begins:
         yield "mask is given without image; give the picture that it belongs to."
-    if request.mask and not family.inpaint:
+    if request.mask and not (family.inpaint or family is UNKNOWN):
         yield f"mask is of no use to {card.name}; leave it out."
     if request.strength and (family.edits or not begins):
         yield f"strength is {request.strength:g}: it says how far to go from image, and there is none to begin from."
@@ -157,13 +157,14 @@ def advice(
         found.append(f"The size is {size[0]}x{size[1]}; {card.name} was made for {card.side}x{card.side}, "
                      "and others may look worse.")
     guidance = card.guidance if request.guidance_scale is None else request.guidance_scale
-    if request.negative_prompt and not (card.family.negative and guidance > 1):
+    if request.negative_prompt and not (card.family.negative and guidance > card.family.unguided):
         found.append("negative_prompt changes nothing: " + (
-            "it acts through guidance, which is off at a guidance_scale of 1 or less." if card.family.negative else
-            f"{card.name} was distilled to do without."))
+            f"it acts through guidance, which is off at a guidance_scale of {card.family.unguided:g} or less."
+            if card.family.negative else f"{card.name} was distilled to do without."))
     if card.family is UNKNOWN:
-        found.append(f"{card.name} is a {card.pipeline}, which this worker does not know; it is drawn with diffusers' "
-                     "own defaults.")
+        found.append(f"{card.name} is a {card.pipeline}, which this worker does not know; unless a request says "
+                     f"otherwise, it draws {card.side}x{card.side} in {card.steps} steps with a guidance_scale of "
+                     f"{card.guidance:g}.")
     if request.scheduler in STAND_INS:
         found.append(f"The scheduler {request.scheduler} is not here; {STAND_INS[request.scheduler]} stands in for it.")
     return found

@@ -23,8 +23,9 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     family, known = read_card(folder).family, pipeline in FAMILIES
     answers, log = handled(folder, {
         "batch": {"width": 64, "height": 48, "num_images": 3}, "alone": {"width": 64, "height": 48, "seed": 8},
-        "unwanted": {"negative_prompt": "blue"}, "plain": {}, "unguided": {"guidance_scale": 1.0,
-                                                                           "negative_prompt": "blue"},
+        "unwanted": {"negative_prompt": "blue"}, "plain": {},
+        "unguided": {"guidance_scale": family.unguided, "negative_prompt": "blue"},
+        "little": {"guidance_scale": 0.5, "negative_prompt": "blue"},
         "sampler": {"scheduler": "euler"}, "odd": {"width": 50}, "strength": {"strength": 0.5},
         "end": {"guidance_end": 0.5},
     }, SDWORKER_ATTENTION="math")
@@ -37,6 +38,7 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     warned = [" ".join(answers[name]["warnings"]) for name in ("unwanted", "unguided")]
     assert changed == family.negative and ("negative_prompt changes nothing" in warned[0]) != family.negative
     assert "negative_prompt changes nothing" in warned[1]
+    assert family.unguided == 1 or "negative_prompt" not in " ".join(answers["little"]["warnings"])
     assert ("which this worker does not know" in warned[0]) != known
     refused = {name: answers[name]["error"] for name in ("odd", "strength")}
     assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
@@ -89,16 +91,19 @@ def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path
     assert np.array_equal(before, after) and len(np.unique(before)) > 2
 
 
-def test_a_picture_is_edited(tmp_path):
-    folder = miniature("QwenImageEditPipeline", tmp_path / "tiny")
+@pytest.mark.parametrize("pipeline", [name for name, family in FAMILIES.items() if family.edits])
+def test_a_picture_is_edited(pipeline, tmp_path):
+    folder = miniature(pipeline, tmp_path / "tiny")
     answers, _ = handled(folder, {
         "red": {"image": data_uri(RED), "width": 64, "height": 48}, "none": {},
         "blue": {"image": data_uri(BLUE), "width": 64, "height": 48},
         "strength": {"image": data_uri(RED), "strength": 0.5}, "mask": {"image": data_uri(RED), "mask": data_uri(MASK)},
         "mark": {"image": data_uri(RED), "prompt": "a <|image_pad|> star"},
+        "unwanted": {"image": data_uri(RED), "width": 64, "height": 48, "negative_prompt": "blue"},
     })
     (red,), (blue,) = pixels(answers["red"]), pixels(answers["blue"])
     assert red.shape == (48, 64, 3) and np.abs(red - blue).max() > 0, "it looks at the picture"
+    assert np.abs(pixels(answers["unwanted"])[0] - red).max() > 0, "and at what is unwanted"
     assert answers["none"]["error"].startswith("image is missing")
     assert answers["strength"]["error"].startswith("strength is 0.5")
     assert "mask is of no use" in answers["mask"]["error"]
@@ -111,3 +116,17 @@ def test_a_class_that_diffusers_does_not_have_is_named(tmp_path):
     index.write_text(index.read_text().replace("PixArtSigmaPipeline", "NoSuchPipeline"))
     answers, _ = handled(folder, {"first": {}})
     assert "is a NoSuchPipeline, which diffusers" in answers["first"]["error"] and answers["first"]["refresh_worker"]
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"])
+def test_a_class_that_is_not_known_and_wants_a_picture_gets_one(pipeline, tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "tiny")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionXLPipeline", pipeline))
+    begun = {"image": data_uri(RED), "num_inference_steps": 4}
+    masked = begun | {"mask": data_uri(MASK)}
+    answers, _ = handled(folder, {"without": {}, "with": masked if "Inpaint" in pipeline else begun, "mask": masked})
+    assert f"{pipeline} is not known to this worker, and drew nothing" in answers["without"]["error"]
+    assert pixels(answers["with"])[0].shape == (64, 64, 3)
+    assert "which this worker does not know" in answers["with"]["warnings"][0]
+    assert "Inpaint" in pipeline or answers["mask"]["error"].startswith("mask is of no use to a StableDiffusionXLImg")
