@@ -20,7 +20,7 @@ from .files import numbers, weight_files
 from .images import data_uri, pictures_of
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
-from .load import begin_loading, initialize_model, make_capsule_behind, model_card
+from .load import begin_loading, compile_behind, initialize_model, make_capsule_behind, model_card
 from .monitor import note, observe, set_up_log
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
@@ -51,6 +51,7 @@ def respond(
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:
         timings["cold_start"] = cold
+        compile_behind(engine)
         make_capsule_behind(engine)
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}

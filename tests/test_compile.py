@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import beside_jobs, prepare, use_compile, why_not_compiled
+from sdworker.compiling import beside_jobs, prepare, prepare_behind, use_compile, why_not_compiled
 from sdworker.engine import PipelineEngine, generate
 from sdworker.loopback import work
 from sdworker.measure import psnr
@@ -63,6 +63,21 @@ def test_a_thread_that_prepares_does_not_touch_how_a_job_is_tokenized():
             assert (jobs.result(), preparing.result()) == ({77}, {4})
         finally:
             sys.setswitchinterval(usual)
+
+
+def test_jobs_are_drawn_as_ever_while_it_compiles(tmp_path):
+    """Where torch records a graph, it does so for the whole process; a job's modules were taken for the graph's."""
+    engine = PipelineEngine(read_card(EMBEDDED))
+    usual = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image.tobytes()
+    with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)):
+        assert use_compile(engine.pipe, "regional", engine.card) == ""
+        preparing, drawn = prepare_behind(engine, 1), set()
+        while preparing.is_alive() and not engine.pipe.unet.forward.ready:
+            drawn.add(generate(engine, PROMPT, seed=7, steps=4).pictures[0].image.tobytes())
+        preparing.join()
+    torch.compiler.set_stance("default")
+    assert engine.instead == "" and usual in drawn
+    assert len(drawn) <= 2, "the last picture may have been drawn by compiled code in part"
 
 
 @pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "FluxPipeline", "QwenImageEditPipeline"])
