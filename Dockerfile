@@ -6,6 +6,7 @@
 #   docker build -t sdworker --secret id=hf_token,src=$HOME/.cache/huggingface/token \
 #       --build-arg MODEL_ID=... --build-arg MODEL_REVISION=... .                         a gated model
 #   docker build -t sdworker --build-arg CAPSULE=cpu .      with the model compiled; cuda: on a machine with the GPU
+#   docker build -t sdworker --build-arg COMPILE_CACHE=cpu .    with a cache for torch.compile; cuda: as above
 #
 # `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
 
@@ -18,6 +19,8 @@ ARG EXTRAS=
 ARG BAKE=1
 # What the model is compiled for: cpu, or cuda where the build sees the GPU; empty: not at all
 ARG CAPSULE=
+# The same for torch.compile's cache (SDWORKER_COMPILE=cached), which brings a C++ compiler into the image
+ARG COMPILE_CACHE=
 
 FROM ${BASE_IMAGE} AS base
 # Python's own images come without the standard library's bytecode: each start would compile what it imports.
@@ -65,11 +68,12 @@ RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore=nbs/92_coldstart.ipy
     && touch /tests-passed
 
 # The model, fetched or half fetched in a cache that outlives the build, then copied, checked, compiled if that is
-# wanted, and parted into layers. The only stage with a compiler.
+# wanted, and parted into layers. The only stage with a compiler, unless COMPILE_CACHE is set.
 FROM deps AS bake
 ARG CAPSULE
+ARG COMPILE_CACHE
 # hadolint ignore=DL3008
-RUN if [ -n "$CAPSULE" ]; then \
+RUN if [ -n "$CAPSULE$COMPILE_CACHE" ]; then \
         apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && rm -r /var/lib/apt/lists/*; \
     fi
 ARG MODEL_ID
@@ -90,26 +94,32 @@ ENV HF_HOME=/build/cache/huggingface \
 COPY --from=test /tests-passed /tests-passed
 COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
-    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
+    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
     && case "$BAKE" in \
-    0)  [ -z "$CAPSULE" ] || { echo "CAPSULE is $CAPSULE, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \
+    0)  [ -z "$CAPSULE$COMPILE_CACHE" ] \
+            || { echo "CAPSULE or COMPILE_CACHE is set, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \
     1)  expr "$MODEL_REVISION" : '[0-9a-f]\{40\}$' > /dev/null \
             || { echo "MODEL_REVISION is '$MODEL_REVISION'; it should be a full commit." >&2; exit 1; } \
         && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$EXTRAS/model" \
         && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" \
             --extras "$EXTRAS" --to "$cached" \
         && sdworker bake "$cached" --to "$SDWORKER_BAKED" \
-        && case "$CAPSULE" in \
-            "") ;; \
-            *) SDWORKER_MODEL=$MODEL_ID SDWORKER_OFFLINE=1 sdworker bake --capsule --device "$CAPSULE" ;; \
-        esac \
+        && export SDWORKER_MODEL="$MODEL_ID" SDWORKER_OFFLINE=1 \
+        && if [ -n "$CAPSULE" ]; then sdworker bake --capsule --device "$CAPSULE"; fi \
+        && if [ -n "$COMPILE_CACHE" ]; then sdworker bake --compile-cache --device "$COMPILE_CACHE"; fi \
         && python -m sdworker.image "$SDWORKER_BAKED" /layers 8 "$LAYER_BYTES" ;; \
     *)  echo "BAKE is $BAKE; it should be 1 or 0." >&2 && exit 1 ;; \
     esac
 
 # What is shipped: packages, the model's layers, and last the code, which changes most often.
 FROM base AS worker
-RUN mkdir -p /cache/huggingface/hub /cache/torch /opt/compiled/inductor /opt/compiled/triton
+# torch.compile wants its compiler at every start, even where it finds all in its cache.
+ARG COMPILE_CACHE
+# hadolint ignore=DL3008
+RUN mkdir -p /cache/huggingface/hub /cache/torch \
+    && if [ -n "$COMPILE_CACHE" ]; then \
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && rm -r /var/lib/apt/lists/*; \
+    fi
 COPY --from=deps /opt/venv /opt/venv
 COPY --from=bake /layers/0/ /model/
 COPY --from=bake /layers/1/ /model/
@@ -119,7 +129,7 @@ COPY --from=bake /layers/4/ /model/
 COPY --from=bake /layers/5/ /model/
 COPY --from=bake /layers/6/ /model/
 COPY --from=bake /layers/7/ /model/
-COPY --from=bake /opt/compiled/capsules /opt/compiled/capsules
+COPY --from=bake /opt/compiled/ /opt/compiled/
 COPY --from=test /opt/sdworker /opt/sdworker
 ARG MODEL_ID
 ARG EXTRAS

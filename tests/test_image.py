@@ -95,8 +95,9 @@ def make_base() -> None:
     container = buildah("from", "scratch").stdout.strip()
     folder = Path(buildah("mount", container).stdout.strip())
     with (KEPT / "base.log").open("w") as log, TemporaryDirectory() as there:  # debootstrap cannot do with spaces
-        subprocess.run(["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates",
-                        "bookworm", there, *mirrors[:1]], check=True, stdout=log, stderr=log)
+        packages = "python3,python3-venv,libpython3-dev,ca-certificates"  # Python's own images have its headers, too
+        subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", there, *mirrors[:1]],
+                       check=True, stdout=log, stderr=log)
         subprocess.run(["cp", "-a", f"{there}/.", folder], check=True)
     for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
         shutil.rmtree(folder / waste)
@@ -147,13 +148,13 @@ def sources(folder: Path, locks: dict[str, str]) -> Path:
     return folder
 
 
-def build(folder: Path, log: Path, token: Path, **arguments: str) -> int:
+def build(folder: Path, log: Path, token: Path, tag: str = IMAGE, **arguments: str) -> int:
     """Build a folder's Dockerfile; the exit code."""
     arguments |= {"BASE_IMAGE": BASE, "REQUIREMENTS": ".runpod/here-worker.lock", "MODEL_ID": MODEL,
                   "TEST_REQUIREMENTS": ".runpod/here-tests.lock", "PIP_FIND_LINKS": "/wheels", "PIP_NO_INDEX": "1"}
     given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     with log.open("w") as stream:
-        return buildah("bud", "--layers", "--format=docker", f"--tag={IMAGE}", f"--secret=id=hf_token,src={token}",
+        return buildah("bud", "--layers", "--format=docker", f"--tag={tag}", f"--secret=id=hf_token,src={token}",
                        f"--volume={KEPT / 'wheels'}:/wheels:ro", *given, folder,
                        check=False, capture_output=False, stdout=stream, stderr=subprocess.STDOUT).returncode
 
@@ -194,7 +195,9 @@ def inside(container: tuple[str, Path], *command: str, check: bool = True):
 WORK = """
 import json, socket, sys
 from sdworker.loopback import work
-shift = work(["sdworker", "start"], [{"id": "job", "input": {"prompt": sys.argv[1], "seed": 7}}])
+prompt, later, settings = sys.argv[1], float((sys.argv + [0, 0])[2]), dict(one.split("=") for one in sys.argv[3:])
+jobs = [{"id": name, "input": {"prompt": prompt, "seed": 7}} for name in ("first", "job")[later == 0:]]
+shift = work(["sdworker", "start"], jobs, settings, arrivals=[0.0, later][later == 0:])
 print(json.dumps([socket.if_nameindex(), shift.answers["job"], shift.log]))
 """
 
@@ -222,6 +225,25 @@ def test_it_draws_with_the_code_that_was_compiled_in_the_build(container):
     assert "diffusers" in answer["output"]["timings"]["cold_start"]
     assert "denoiser.pt2 in it is damaged" in answer["output"]["warnings"][0]
     assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
+
+
+@pytest.mark.image
+def test_it_compiles_from_the_cache_that_was_filled_in_the_build(image, hub, locks, tmp_path):
+    """In an image of its own, with a compiler; for another number format it says why not, and draws."""
+    tag, token, log = f"{IMAGE}-compiling", tmp_path / "token", KEPT / "compiling.log"
+    token.write_text(hub.token)
+    code = build(sources(tmp_path / "context", locks), log, token, tag, MODEL_REVISION=hub.commit(MODEL),
+                 LAYER_BYTES=str(LAYER_BYTES), COMPILE_CACHE="cpu", HF_ENDPOINT=hub.url)
+    assert code == 0, log.read_text()[-5000:]
+    name = buildah("from", tag).stdout.strip()
+    container = name, Path(buildah("mount", name).stdout.strip())
+    _, answer, log = json.loads(inside(container, "python", "-c", WORK, PROMPT, "60", "SDWORKER_COMPILE=cached").stdout)
+    assert answer["output"]["warnings"] == [] and log.index("compiled in") < log.index("job job:"), log
+    assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
+    other = ("SDWORKER_COMPILE=cached", "SDWORKER_DTYPE=bfloat16")
+    _, answer, log = json.loads(inside(container, "python", "-c", WORK, PROMPT, "0", *other).stdout)
+    assert "was made for dtype float32, and here is bfloat16" in answer["output"]["warnings"][0]
+    assert answer["output"]["images"]
 
 
 @pytest.mark.image
