@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'UNUSED', 'ModelError', 'Unsuited', 'ModelCard', 'read_json', 'read_entry', 'vae_scale', 'read_card',
-           'fingerprint']
+           'fit', 'fingerprint']
 
 # %% ../nbs/03_card.ipynb #2031e904
 import hashlib
 import json
+import math
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,19 @@ def read_card(
     own = read_json(note) if note.exists() else {}
     side = (read_entry(config, "sample_size", int) * scale if "sample_size" in read_json(config) else
             own.get("side", family.side))
-    return ModelCard(name or folder.name, folder, pipeline, denoiser, family, side, lcm(8, scale * family.patch),
+    return ModelCard(name or folder.name, folder, pipeline, denoiser, family, side, math.lcm(8, scale * family.patch),
                      own.get("steps", family.steps), own.get("guidance", family.guidance))
+
+# %% ../nbs/03_card.ipynb #4ab3626b
+def fit(
+    size: tuple[int, int],  # pixels; width and height of a picture
+    side: int,  # pixels; of the square that the model was made for
+    multiple: int,  # pixels
+) -> tuple[int, int]:  # width and height
+    "The size of about that shape and of about that area."
+    stretch = math.sqrt(size[0] / size[1])
+    width, height = (max(multiple, multiple * round(side * by / multiple)) for by in (stretch, 1 / stretch))
+    return width, height
 
 # %% ../nbs/03_card.ipynb #bcdc7ecb
 def fingerprint(

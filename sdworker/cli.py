@@ -161,8 +161,8 @@ def bake(
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
     With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
-    diffusers; with its weights in fewer bits where SDWORKER_QUANTIZE says so. May be interrupted and called again.
-    A token comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
+    diffusers; with weights in fewer bits where SDWORKER_QUANTIZE says so. May be interrupted and called again. A token
+    comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
 
     Examples:
 
@@ -171,9 +171,7 @@ def bake(
 
         sdworker bake owner/name --to model --extras lora=owner/style@COMMIT:style.safetensors
 
-        sdworker bake --capsule
-
-        SDWORKER_QUANTIZE=int8 sdworker bake --capsule
+        sdworker bake --capsule    # SDWORKER_QUANTIZE=int8 before it: with weights in eight bits
 
         SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
     """

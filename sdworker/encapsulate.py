@@ -31,19 +31,7 @@ from .card import ModelCard, ModelError
 from .engine import Engine, denoiser_of, generate, scheduler_for
 from .files import weight_files
 from .measure import psnr
-from sdworker.parts import (
-    Denoiser,
-    Denoiser3,
-    DenoiserFlux,
-    Text,
-    Text3,
-    TextFlux,
-    Vae,
-    bounds_of,
-    inputs_of,
-    tokenizers_of,
-    told_of,
-)
+from .parts import bounds_of, inputs_of, parts_of, tokenizers_of, told_of
 from .quantize import quantization
 from .samplers import TABLED, make_tables
 from .whole import FamilyEngine
@@ -280,8 +268,6 @@ def make_capsule(
     return folder
 
 # %% ../nbs/25_encapsulate.ipynb #b6b9bb8e
-_PARTS = {"StableDiffusion3Pipeline": (Text3, Denoiser3), "FluxPipeline": (TextFlux, DenoiserFlux)}
-
 def _make(card: ModelCard, key: dict[str, Any], to: Path, tell: Callable[[int, int, str], None]) -> None:
     "Fill a capsule's folder."
     device, dtype = key["device"], key["dtype"]
@@ -293,9 +279,9 @@ def _make(card: ModelCard, key: dict[str, Any], to: Path, tell: Callable[[int, i
     pipe, constants = engine.pipe, {}
     for module in (denoiser_of(pipe), pipe.vae):
         module.to(memory_format=torch.channels_last)
-    text, denoiser = (kind(pipe) for kind in _PARTS.get(card.pipeline, (Text, Denoiser)))
-    inputs, bounds = inputs_of(pipe, text, dtype), bounds_of(card, pipe)
-    for done, (name, part) in enumerate({"text": text, "denoiser": denoiser, "vae": Vae(pipe)}.items(), 1):
+    parts, bounds = parts_of(pipe), bounds_of(card, pipe)
+    inputs = inputs_of(pipe, parts["text"], dtype)
+    for done, (name, part) in enumerate(parts.items(), 1):
         tell(done, 6, f"compiling: {name}")
         constants |= compile_part(part, inputs[name], bounds, to / f"{name}.pt2", device)
     tell(4, 6, "samplers")

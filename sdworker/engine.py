@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'load_pipeline', 'bare_components', 'denoiser_of',
            'encode_prompts', 'scheduler_for', 'denoise', 'to_pixels', 'as_bytes', 'decode', 'PipelineEngine',
-           'image_seeds', 'fit', 'Picture', 'Drawn', 'memory_is_out', 'in_batches', 'generate']
+           'image_seeds', 'Picture', 'Drawn', 'memory_is_out', 'in_batches', 'generate']
 
 # %% ../nbs/20_engine.ipynb #67e6190e
 import copy
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .card import UNUSED, ModelCard, ModelError, Unsuited, read_json
+from .card import UNUSED, ModelCard, ModelError, Unsuited, fit, read_json
 from .files import components, weight_files
 from .measure import Timings
 from .schedulers import SAMPLERS
@@ -284,17 +284,6 @@ def image_seeds(
         return list(seed)
     first = secrets.randbelow(2**32) if seed is None else seed
     return [(first + k) % 2**32 for k in range(n)]
-
-# %% ../nbs/20_engine.ipynb #4ab3626b
-def fit(
-    size: tuple[int, int],  # pixels; width and height of a picture
-    side: int,  # pixels; of the square that the model was made for
-    multiple: int,  # pixels
-) -> tuple[int, int]:  # width and height
-    "The size of about that shape and of about that area."
-    stretch = math.sqrt(size[0] / size[1])
-    width, height = (max(multiple, multiple * round(side * by / multiple)) for by in (stretch, 1 / stretch))
-    return width, height
 
 # %% ../nbs/20_engine.ipynb #0687e39e
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .cache import usable_caches
-from .card import ModelError, Unsuited
+from .card import ModelError, Unsuited, fit
 from .doctor import at_start
 from .files import numbers, weight_files
 from .images import data_uri, pictures_of
@@ -36,6 +36,11 @@ def respond(
     card, chosen = model_card(), settings()
     request = parse_request(given, card, chosen)
     brought = pictures_of(request)
+    if (image := brought.get("image")) and not (request.width and request.height):
+        width, height = fit(image.size, card.side, card.multiple)
+        if max(width, height) > chosen.max_side:
+            raise RequestError(f"image is {image.width}x{image.height}, of which {width}x{height} would be drawn: "
+                               f"should be at most {chosen.max_side} wide and high; give width and height.")
     engine = initialize_model()
     LEDGER.lap("wait for a job")
     from sdworker.engine import generate

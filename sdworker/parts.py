@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Text', 'Denoiser', 'Vae', 'Text3', 'Denoiser3', 'TextFlux', 'DenoiserFlux', 'tokenizers_of', 'told_of', 'inputs_of',
-           'bounds_of']
+           'bounds_of', 'parts_of']
 
 # %% ../nbs/24a_parts.ipynb #bb8ec336
 from inspect import signature
@@ -140,3 +140,13 @@ def bounds_of(
     "The range of each dimension that is left open."
     side = [limit // pipe.vae_scale_factor for limit in ranges(card)["side"]]
     return {"calls": [1, 2 * MOST_IMAGES, 1], "images": [1, MOST_IMAGES, 1], "height": side, "width": side}
+
+# %% ../nbs/24a_parts.ipynb #8fce900f
+_OWN = {"StableDiffusion3Pipeline": (Text3, Denoiser3), "FluxPipeline": (TextFlux, DenoiserFlux)}
+
+def parts_of(
+    pipe: "DiffusionPipeline",
+) -> dict[str, torch.nn.Module]:  # "text", "denoiser", "vae"
+    "The parts of a pipeline."
+    text, denoiser = _OWN.get(type(pipe).__name__, (Text, Denoiser))
+    return {"text": text(pipe), "denoiser": denoiser(pipe), "vae": Vae(pipe)}

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = {  # module -> number of its notebook
-    re.search(r"#\|\s*default_exp (\w+)", path.read_text())[1]: int(path.name[:2])
+MODULES = {  # module -> number of its notebook, with its letter if it has one: 24 comes before 24a
+    re.search(r"#\|\s*default_exp (\w+)", path.read_text())[1]: path.name.partition("_")[0]
     for path in NOTEBOOKS if "default_exp" in path.read_text()
 }
 
