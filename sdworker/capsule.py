@@ -94,8 +94,8 @@ def capsule_key(
     bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> dict[str, Any]:
     "All that a capsule depends on."
-    return {"model": model_digest(card.folder, bits != "off"), "layout": LAYOUT, "torch": torch.__version__,
-            "device": device, "architecture": architecture(device), "dtype": dtype, "quantize": bits,
+    return {"quantize": bits, "model": model_digest(card.folder, bits != "off"), "layout": LAYOUT,
+            "torch": torch.__version__, "device": device, "architecture": architecture(device), "dtype": dtype,
             "ranges": ranges(card)}
 
 # %% ../nbs/24_capsule.ipynb #47d49a22
@@ -151,7 +151,7 @@ def find_capsule(
             return folder, ""
         if not (reason == "it was made for another model" and read_json(folder / ABOUT).get("name") != card.name):
             reasons.append(f"the capsule {folder.name} was passed over, since {reason}")
-    return None, reasons[0] if reasons else ""
+    return None, min(reasons, key=lambda reason: _SPOKEN["quantize"] in reason, default="")  # of the nearest one
 
 # %% ../nbs/24_capsule.ipynb #8f1bbe31
 def open_part(

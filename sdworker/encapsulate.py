@@ -92,19 +92,6 @@ def _dimension(name: str, least: int, most: int, multiple: int) -> Any:
     whole = torch.export.Dim(name, min=least // multiple, max=most // multiple)
     return multiple * whole if multiple > 1 else whole
 
-# %% ../nbs/25_encapsulate.ipynb #00c5a2ea
-def weights_of(
-    module: torch.nn.Module,
-) -> dict[str, torch.Tensor]:
-    "Weights and buffers by the names that compiled code has for them."
-    found = dict(module.named_buffers())
-    for name, weight in module.named_parameters(remove_duplicate=False):  # T5 has its table of words twice
-        owner, _, leaf = name.rpartition(".")
-        parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
-        found |= {f"{owner}.parametrizations.{leaf}.original{k}": getattr(weight, part) for k, part in enumerate(parts)}
-        found |= {} if parts else {name: weight}
-    return found
-
 # %% ../nbs/25_encapsulate.ipynb #cc2b97e8
 _FEW = 2**16  # numbers: kept even if this part does not use them, so that a component is whole for the pipeline
 _OPTIONS = {
@@ -118,6 +105,19 @@ def _options() -> dict[str, Any]:
     "Those that this torch has."
     known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in _OPTIONS.items() if name in known}
+
+# %% ../nbs/25_encapsulate.ipynb #00c5a2ea
+def weights_of(
+    module: torch.nn.Module,
+) -> dict[str, torch.Tensor]:
+    "Weights and buffers by the names that compiled code has for them."
+    found = dict(module.named_buffers())
+    for name, weight in module.named_parameters(remove_duplicate=False):  # T5 has its table of words twice
+        owner, _, leaf = name.rpartition(".")
+        parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+        found |= {f"{owner}.parametrizations.{leaf}.original{k}": getattr(weight, part) for k, part in enumerate(parts)}
+        found |= {} if parts else {name: weight}
+    return found
 
 # %% ../nbs/25_encapsulate.ipynb #5be0d308
 def sources_of(
