@@ -388,14 +388,13 @@ def bench(
 def table(
     record: Mapping[str, Any],  # from `bench`
 ) -> list[tuple[str, ...]]:  # the head, then a row for each switch and profile that was measured
-    "A record's rows in words; times and memory as ratios to the plain pipeline's."
+    "A record's rows in words; times and memory as ratios to the plain pipeline's (`of`: on another machine and day)."
     lines = [("", "time, 1", "4 at once", "memory", "dB", "SSIM", "right", "as promised")]
-    plain = record["rows"].get("plain", {}).get("peak")
     for name, one in record["rows"].items():
         if not name.startswith(("switch ", "profile ")) or "not_used" in one:
             continue
         ratios = [f"{one['time'][n]['ratio']:.2f}" if n in one["time"] else "" for n in ("1", "4")]
-        peak = one.get("peak")
+        peak, plain = one.get("peak"), one.get("of", record["rows"]).get("plain", {}).get("peak")
         lines.append((name.removeprefix("switch "), *ratios,
                       f"{peak / plain:.2f}" if plain and peak else f"{peak / 1e9:.1f} GB" if peak else "",
                       f"{one['psnr']:.0f}", f"{one['ssim']:.3f}" if "ssim" in one else "",

@@ -43,7 +43,7 @@ def here(
     engine = (switched(SWITCHES[mode], card) if mode in SWITCHES else
               pipeline_for(defaults(compile=mode, max_batch=1), card))
     meanwhile, begun = [], time.perf_counter()
-    if prepares:
+    if prepares and not engine.instead:
         thread = prepare_behind(engine, 1)
         while busy and thread.is_alive():
             meanwhile.append(timed(lambda: generate(engine, PROMPT, seed=7), 1, warmup=0)["median"])
