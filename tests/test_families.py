@@ -17,9 +17,10 @@ RED, BLUE, MASK = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), 
 MASK.paste(255, (32, 0, 64, 64))
 
 
-@pytest.mark.parametrize("pipeline", [name for name in MINIATURES if "Edit" not in name])
+@pytest.mark.parametrize("pipeline", [
+    "StableDiffusionXLPipeline", *(name for name in MINIATURES if "Edit" not in name)])
 def test_a_family_draws_through_the_handler(pipeline, tmp_path):
-    folder = miniature(pipeline, tmp_path / "tiny")
+    folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
     family, known = read_card(folder).family, pipeline in FAMILIES
     answers, log = handled(folder, {
         "batch": {"width": 64, "height": 48, "num_images": 3}, "alone": {"width": 64, "height": 48, "seed": 8},
