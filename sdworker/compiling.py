@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,8 @@ def prepare(
     beside = getattr(getattr(engine.pipe, engine.card.denoiser), "forward", None)
     if not isinstance(beside, Beside):
         return 0.0
+    from sdworker.encapsulate import quoted_libraries  # which a worker that compiles nothing does without
+
     begun = time.perf_counter()
     if beside.mode == "cached":
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
@@ -201,8 +204,8 @@ def prepare(
     try:
         trace_own_thread()
         own = beside_jobs(engine)
-        for images in batches:
-            for prompt, height in _looks(engine.card, beside.mode):
+        with quoted_libraries():
+            for images, (prompt, height) in product(batches, _looks(engine.card, beside.mode)):
                 generate(own, [prompt] * images, steps=2, seed=0, max_batch=images, refine_from=1.0,
                          width=engine.card.side, height=height)
         beside.ready = True

@@ -293,7 +293,7 @@ def test_transformers_have_a_capsule_and_need_no_diffusers(pipeline, bits, tmp_p
     ours, log = handled(folder, jobs, SDWORKER_ENGINE="capsule", SDWORKER_CAPSULES=str(tmp_path / "capsules"), **here)
     assert log.rstrip().endswith("imported:"), "neither diffusers nor torchao"
     for name in jobs:
-        assert min(map(psnr, pixels(ours[name]), pixels(theirs[name]), strict=True)) > 50, name
+        assert min(psnr(*both) for both in zip(pixels(ours[name]), pixels(theirs[name]), strict=True)) > 50, name
     plain = pixels(ours["plain"])[0]
     assert all((pixels(ours[name])[0] != plain).any() for name in ("guided", "few", "other"))
     assert (pixels(ours["unwanted"])[0] != plain).any() == read_card(folder).family.negative
