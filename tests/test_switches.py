@@ -57,6 +57,8 @@ def built(name):
     try:
         return switched(SWITCHES[name], CARD)
     except ModelError as error:
+        if not any(words in str(error) for words in ("not used", "nobody has made one")):  # something is broken
+            raise
         pytest.skip(str(error))
 
 
