@@ -20,6 +20,7 @@ from PIL import Image
 from .card import ModelError, Unsuited
 from .engine import OnStep, PipelineEngine, Shape, Shot, denoiser_of, scheduler_for
 from .families import UNKNOWN, Family
+from .schedulers import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -160,8 +161,10 @@ class FamilyEngine(PipelineEngine):
         return super().encode(shots, shape) if self._apart(shape) else {}
 
     def denoise(self, encoded, shots, shape, on_step=None):
-        scheduler = scheduler_for(self.pipe.scheduler, shape.sampler)
-        self.begin(shape.steps * scheduler.order)  # calls of the denoiser
+        import diffusers
+
+        sampler = getattr(diffusers, SAMPLERS[shape.sampler][0]) if shape.sampler else self.pipe.scheduler
+        self.begin(shape.steps * sampler.order)  # calls of the denoiser
         if shape.refine_from < 1:
             return self.refine(encoded, shots, shape, on_step)
         if self._apart(shape):
