@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sdworker.compiling.Beside.__call__': ('compiling.html#beside.__call__', 'sdworker/compiling.py'),
                                     'sdworker.compiling.Beside.__init__': ('compiling.html#beside.__init__', 'sdworker/compiling.py'),
                                     'sdworker.compiling.Beside.compiled': ('compiling.html#beside.compiled', 'sdworker/compiling.py'),
+                                    'sdworker.compiling._beside': ('compiling.html#_beside', 'sdworker/compiling.py'),
                                     'sdworker.compiling._looks': ('compiling.html#_looks', 'sdworker/compiling.py'),
                                     'sdworker.compiling.beside_jobs': ('compiling.html#beside_jobs', 'sdworker/compiling.py'),
                                     'sdworker.compiling.break_even': ('compiling.html#break_even', 'sdworker/compiling.py'),

@@ -277,7 +277,7 @@ def encode_texts(
 
 def _guided(engine: CapsuleEngine, shape: Shape) -> int:
     "Steps in which the denoiser is called for the negative prompts too."
-    return 0 if "guidance" in engine.about["told"] or not engine.card.family.negative else shape.guided
+    return shape.guided if engine.card.family.negative else 0
 
 # %% ../nbs/24_capsule.ipynb #591d0db4
 @torch.inference_mode()

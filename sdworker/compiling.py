@@ -191,8 +191,7 @@ def prepare(
     batches: Sequence[int] = (1,),  # images in one call
 ) -> float:  # seconds; 0: there is nothing to prepare
     "Compile, in this thread; what goes wrong is written into the engine's warning, and the plain denoiser goes on."
-    beside = getattr(getattr(engine.pipe, engine.card.denoiser), "forward", None)
-    if not isinstance(beside, Beside):
+    if not (beside := _beside(engine)):
         return 0.0
     from sdworker.encapsulate import quoted_libraries  # which a worker that compiles nothing does without
 
@@ -217,6 +216,11 @@ def prepare(
         beside.preparing = None
     return time.perf_counter() - begun
 
+def _beside(engine: PipelineEngine) -> Beside | None:
+    "What is to be prepared of an engine."
+    forward = getattr(engine.pipe, engine.card.denoiser).forward
+    return forward if isinstance(forward, Beside) else None
+
 def _looks(card: ModelCard, mode: str) -> list[tuple[str, int]]:
     "Prompts and heights to draw, so that code for all sizes comes of it, where it can be for more than one."
     flat = max(1, round(0.75 * card.side / card.multiple)) * card.multiple
@@ -228,8 +232,7 @@ def prepare_behind(
     most: int,  # images in one call
 ) -> threading.Thread | None:  # None: there is nothing to prepare, or it has begun
     "Prepare in a thread of its own; jobs that come meanwhile are drawn by the plain denoiser."
-    beside = getattr(getattr(engine.pipe, engine.card.denoiser), "forward", None)
-    if not isinstance(beside, Beside) or beside.begun:
+    if not (beside := _beside(engine)) or beside.begun:
         return None
     beside.begun = True
 

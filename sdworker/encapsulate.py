@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 def package(
     part: torch.nn.Module,
     given: tuple[Any, ...],  # arguments of a call
-    named: Mapping[str, Any],  # the same, by name
     to: Path,  # .pt2
     shapes: Any = None,  # which of their dimensions are left open; None: none
 ) -> Any:  # what was exported: torch.export.ExportedProgram
@@ -52,7 +51,7 @@ def package(
     from torch._inductor import aoti_compile_and_package
 
     with torch.no_grad(), quoted_libraries(), warnings.catch_warnings(action="ignore"):  # of changes to come in torch
-        exported = torch.export.export(part, given, dict(named), dynamic_shapes=shapes)
+        exported = torch.export.export(part, given, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=str(to), inductor_configs=_options())
     return exported
 
@@ -82,7 +81,7 @@ def compile_part(
     example = tuple(torch.ones([sizes.get(dim, dim) for dim in dims], dtype=getattr(torch, dtype), device=device)
                     for dtype, dims in inputs)
     shapes = tuple({at: open_dims[dim] for at, dim in enumerate(dims) if dim in open_dims} for _, dims in inputs)
-    exported = package(part, example, {}, to, shapes)
+    exported = package(part, example, to, shapes)
     used, constants = set(open_part(to).get_constant_fqns()), {**exported.constants, **weights_of(part)}
     if nameless := [name for name in used if "." not in name]:
         raise ModelError(f"{', '.join(nameless)} in the model's code belongs to no component, so no capsule can be "
