@@ -207,8 +207,9 @@ def waterfall(
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("from exec to the first picture", no_wrap=True)
+    last_and_total = list(report["rows"])[-2:]
     for name, seconds, bar in bars(report["rows"]):
-        table.add_row(name, f"{seconds:.2f}", bar.replace("#", "█"), end_section=name in ("answer", "total"))
+        table.add_row(name, f"{seconds:.2f}", bar.replace("#", "█"), end_section=name in last_and_total)
     at_queue = {"ours": "ours, at the queue", "naive": "naive, at the queue", "import_torch": "import torch alone"}
     for name, said in at_queue.items():
         if found := report.get(name):
