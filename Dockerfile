@@ -94,7 +94,8 @@ ENV HF_HOME=/build/cache/huggingface \
 COPY --from=test /tests-passed /tests-passed
 COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
-    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR" /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
+    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR" \
+        /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
     && case "$BAKE" in \
     0)  [ -z "$CAPSULE$COMPILE_CACHE" ] \
             || { echo "CAPSULE or COMPILE_CACHE is set, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from .card import ModelError, Unsuited
-from .engine import Encoded, OnStep, Shape, Shot, denoise, encode_prompts, scheduler_for
+from .engine import Encoded, OnStep, Shape, Shot, denoise, encode_prompts, generators, scheduler_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,30 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sdworker")
 
-# %% ../nbs/27d_addons.ipynb #12119452
-_LORA = re.compile(r"(\w+)\.(.+?)[._](?:lora(?:_linear_layer)?\.(?P<old>down|up)|lora_(?P<new>A|B))\.weight")
-
-def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor, float]]:
-    "Component, layer, the thin matrices A and B, and what their product is multiplied by, of each layer of a LoRA."
-    told = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {"return_alphas": True}
-    found = type(pipe).lora_state_dict(str(path), use_safetensors=True, local_files_only=True, **told)
-    state, alphas = found if isinstance(found, tuple) else (found, {})
-    with safe_open(path, "pt") as file:
-        note = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    alphas = {**(alphas or {}), **{key: value for key, value in state.items() if key.endswith(".alpha")}}
-    for key, below in state.items():
-        if key in alphas:
-            continue
-        if not (match := _LORA.fullmatch(key)):
-            raise ModelError(f"{path} holds {key}, which is of no LoRA that this version can add; leave it out.",
-                             lasting=True)
-        if (match["old"] or match["new"]) in ("down", "A"):
-            above = state.get(key.replace(".down.", ".up.").replace("lora_A", "lora_B"), below[:0])
-            share = _share(note, match[1], path, len(below))
-            for name in (f"{key}.alpha", f"{match[1]}.{match[2]}.alpha"):
-                share = float(alphas[name]) / len(below) if name in alphas else share
-            yield match[1], match[2].removeprefix(f"{match[1]}."), below, above, share
-
+# %% ../nbs/27d_addons.ipynb #c26a906c
 def _share(note: dict[str, Any], component: str, path: Path, rank: int) -> float:
     "What a file's own note says that products are multiplied by."
     if note.get(f"{component}.alpha_pattern") or note.get(f"{component}.use_dora"):
@@ -70,6 +47,37 @@ def _layer(layers: dict[str, torch.nn.Module], name: str) -> torch.nn.Module | N
             return layers[one]
     return None
 
+# %% ../nbs/27d_addons.ipynb #12119452
+_LORA = re.compile(r"(\w+)\.(.+?)[._](?:lora(?:_linear_layer)?\.(?P<old>down|up)|lora_(?P<new>A|B))\.weight")
+
+def _products(pipe: "DiffusionPipeline", path: Path) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor, float]]:
+    "Component, layer, the thin matrices A and B, and what their product is multiplied by, of each layer of a LoRA."
+    told = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {"return_alphas": True}
+    found = type(pipe).lora_state_dict(str(path), use_safetensors=True, local_files_only=True, **told)
+    state, alphas = found if isinstance(found, tuple) else (found, {})
+    with safe_open(path, "pt") as file:
+        note, keys = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")), list(file.keys())
+    if dora := [key for key in keys if "dora_scale" in key]:  # which diffusers leaves out
+        raise ModelError(f"{path} holds {dora[0]} and is a DoRA, which this version cannot add; leave it out.",
+                         lasting=True)
+    alphas = {**(alphas or {}), **{key: value for key, value in state.items() if key.endswith(".alpha")}}
+    for key, below in state.items():
+        if key in alphas:
+            continue
+        if not (match := _LORA.fullmatch(key)):
+            raise ModelError(f"{path} holds {key}, which is of no LoRA that this version can add; leave it out.",
+                             lasting=True)
+        down = key.replace(".up.", ".down.").replace("lora_B", "lora_A")
+        if down not in state:
+            raise ModelError(f"{path} holds {key} without its other half; fetch it again, or leave it out.",
+                             lasting=True)
+        if key == down:
+            above = state.get(key.replace(".down.", ".up.").replace("lora_A", "lora_B"), below[:0])
+            share = _share(note, match[1], path, len(below))
+            for name in (f"{key}.alpha", f"{match[1]}.{match[2]}.alpha"):
+                share = float(alphas[name]) / len(below) if name in alphas else share
+            yield match[1], match[2].removeprefix(f"{match[1]}."), below, above, share
+
 # %% ../nbs/27d_addons.ipynb #46c3379e
 @torch.no_grad()
 def add_lora(
@@ -86,6 +94,8 @@ def add_lora(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} cannot be read as a LoRA for {type(pipe).__name__} ({reason}); leave it out.",
                          lasting=True) from error
+    if not products:
+        raise ModelError(f"{path} holds no layer of a LoRA; leave it out.", lasting=True)
     inside = {name: dict(part.named_modules()) for name, part in pipe.components.items()
               if isinstance(part, torch.nn.Module)}
     layers = [_layer(inside.get(component, {}), name) for component, name, *_ in products]
@@ -106,7 +116,6 @@ class Refiner:
     "Draws with an engine's base model, and with the refiner from some share of the noise on."
     def __init__(self, engine: "FamilyEngine"):
         from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
-
         self.base, folder = engine.pipe, engine.card.folder / "refiner"
         try:
             unet = UNet2DConditionModel.from_pretrained(
@@ -138,9 +147,10 @@ class Refiner:
             return denoise(self.base, encoded, shots, shape, on_step)
         def after(before: int) -> OnStep:  # Heun takes one more where it is cut
             return lambda done, _: on_step and on_step(min(before + done, first + last), first + last)
-        begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from)
+        noise = generators(shots)  # of both: a sampler that adds noise would add the first one again
+        begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from, generator=noise)
         return denoise(self.pipe, encode_prompts(self.pipe, shots, shape), shots, shape, after(first),
-                       denoising_start=shape.refine_from, image=begun)
+                       denoising_start=shape.refine_from, image=begun, generator=noise)
 
 # %% ../nbs/27d_addons.ipynb #7b3e0c1e
 def use_addons(
@@ -152,7 +162,7 @@ def use_addons(
     folder, said = engine.card.folder, ""
     if files := sorted((folder / "loras").glob("*.safetensors")):
         if fewer_bits:
-            said = "The LoRAs are not added: SDWORKER_QUANTIZE is on."
+            said = "The LoRAs are not added, since SDWORKER_QUANTIZE is on; set it to off for them."
         else:
             for path in files:
                 log.info("LoRA %s: %d layers, scale %g", path.name, add_lora(engine.pipe, path, scale), scale)

@@ -173,7 +173,7 @@ def _tidy() -> None:
     if torch.cuda.is_available() or not maps.exists():  # a GPU's kernels are read when they are first called
         return
     for line in maps.read_text(encoding="utf-8").splitlines():
-        if unpacked := re.search(r"/\S*/aotinductor_[^/]+(?=/)", line):
+        if unpacked := re.search(r"/.*/aotinductor_[^/]+(?=/)", line):
             shutil.rmtree(unpacked[0], ignore_errors=True)
 
 def _raw_loader() -> Any:

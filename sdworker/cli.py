@@ -239,11 +239,11 @@ def _compile(model: Path | None, name: str | None, device: str | None, told: boo
     "Fill the compiler's cache for later starts; its folder."
     with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
         from sdworker.compiling import fill_cache
-        from sdworker.profiles import pipeline_for
+        from sdworker.profiles import defaults, pipeline_for
 
         chosen, card, where = _what(model, name, device)
-        folder = fill_cache(pipeline_for(chosen.model_copy(update={"compile": "regional"}), card, *where),
-                            chosen.max_batch)
+        most = chosen.max_batch
+        folder = fill_cache(pipeline_for(defaults(compile="regional", max_batch=most), card, *where), most)
     if told:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE=cached")
     return str(folder)

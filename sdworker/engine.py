@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'load_pipeline', 'bare_components', 'denoiser_of',
-           'encode_prompts', 'scheduler_for', 'denoise', 'to_pixels', 'as_bytes', 'decode', 'PipelineEngine',
-           'image_seeds', 'Picture', 'Drawn', 'memory_is_out', 'in_batches', 'generate']
+           'encode_prompts', 'scheduler_for', 'generators', 'denoise', 'to_pixels', 'as_bytes', 'decode',
+           'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'memory_is_out', 'in_batches', 'generate']
 
 # %% ../nbs/20_engine.ipynb #67e6190e
 import copy
@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -194,6 +194,12 @@ def scheduler_for(
     name, changed = SAMPLERS[sampler]
     return getattr(diffusers, name).from_config(own.config, **changed)
 
+def generators(
+    shots: Sequence[Shot],
+) -> list[torch.Generator]:
+    "Random numbers for each image, which its seed alone decides."
+    return [torch.Generator().manual_seed(shot.seed) for shot in shots]
+
 # %% ../nbs/20_engine.ipynb #7b751c7b
 def denoise(
     pipe: "DiffusionPipeline",
@@ -219,7 +225,7 @@ def denoise(
         **encoded, width=shape.width, height=shape.height, num_inference_steps=shape.steps,
         guidance_scale=shape.guidance if shape.guided else 1.0, output_type="latent", callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=halved,
-        generator=[torch.Generator().manual_seed(shot.seed) for shot in shots], **more).images
+        **{"generator": generators(shots)} | more).images
 
 # %% ../nbs/20_engine.ipynb #2ab4cee1
 def to_pixels(
@@ -358,10 +364,10 @@ def generate(
     "Draw pictures. Values are taken as they are; `request` is where they are checked."
     card, timings, pictures = engine.card, Timings(), []
     image, own = _beginning(card, image)
-    refined = _refined(engine, image, guidance_end, refine_from)
     shape = Shape(width or own[0], height or own[1], steps or card.steps,
                   card.guidance if guidance is None else guidance, sampler, guidance_end,
-                  "mask" if mask else "image" if image else "noise", strength, refined)
+                  "mask" if mask else "image" if image else "noise", strength)
+    shape = replace(shape, refine_from=_refined(engine, shape) if refine_from is None else refine_from)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
     seeds = image_seeds(seed, len(prompts))
     shots = [Shot(p, s, negative_prompt, image, mask) for p, s in zip(prompts, seeds, strict=True)]
@@ -382,11 +388,11 @@ def _beginning(card: ModelCard, image: Image.Image | None) -> tuple[Image.Image 
         image = image or Image.new("RGB", (card.side, card.side), "grey")
     return image, fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
 
-def _refined(engine: Engine, image: Image.Image | None, guidance_end: float, asked: float | None) -> float:
-    "From where a refiner draws: over no picture that is begun from, nor after guidance has ended, unless asked to."
-    if asked is not None:
-        return asked
-    return 0.8 if getattr(engine, "refine", None) and not image and guidance_end == 1 else 1.0
+def _refined(engine: Engine, shape: Shape) -> float:
+    "From where a refiner draws, if nobody says; over no picture that is begun from, nor after guidance has ended."
+    usual, refine = replace(shape, refine_from=0.8), getattr(engine, "refine", None)
+    fits = refine and shape.begins == "noise" and shape.guided in (0, shape.steps) and refine.split(usual)[0]
+    return usual.refine_from if fits else 1.0  # of a single step there is none for the base
 
 def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
     "Draw one batch."

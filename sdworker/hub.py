@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
+from .families import card_for, family_of
 from .files import write_file
 from .settings import PREFIX, PROFILES, Settings, complaint
 
@@ -25,17 +26,26 @@ class Model:
     "A model that is recommended."
     id: str  # on Hugging Face
     revision: str  # commit
-    licence: str
     weights: float  # GB, in half precision
-    memory: int  # GB of a card that draws with it and holds all of it
+    pipeline: str = "StableDiffusionXLPipeline"
+    own_licence: str = ""  # where it is not that of its family's best known
+
+    @property
+    def licence(self) -> str:
+        return self.own_licence or family_of(self.pipeline).licence
+
+    @property
+    def memory(self) -> int:  # GB
+        "Of a card that draws with it and holds all of it."
+        return card_for(family_of(self.pipeline))
 
 MODELS = {
     "Stable Diffusion XL": Model("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
-                                 "openrail++", 7.1, 16),
-    "SDXL Turbo": Model("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304",
-                        "sai-nc-community: not for business without another one", 6.9, 16),
+                                 7.1),
+    "SDXL Turbo": Model("stabilityai/sdxl-turbo", "71153311d3dbb46851df1931d3ca6e939de83304", 6.9,
+                        own_licence="sai-nc-community: not for business without another one"),
     "Stable Diffusion 1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5",
-                                  "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "creativeml-openrail-m", 2.1, 8)}
+                                  "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", 2.1, "StableDiffusionPipeline")}
 BAKED = "Stable Diffusion XL"  # what the Dockerfile puts into the image
 
 # %% ../nbs/50_hub.ipynb #e62b54be

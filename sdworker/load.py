@@ -27,7 +27,7 @@ from .imports import without_collector
 from .lean import import_torch, lean, whole_torch
 from .ledger import LEDGER
 from .presets import with_preset
-from .profiles import beside, for_pipeline_alone, pipeline_for
+from .profiles import beside, for_pipeline_alone, pipeline_for, pipeline_switches
 from .settings import Settings, settings
 from .sources import find, resolve
 from .weights import end_prefetch
@@ -111,6 +111,9 @@ def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tup
     if chosen.engine == "capsule" and not card.family.compiles:
         raise ModelError(f"SDWORKER_ENGINE is 'capsule', and there are none for the denoiser of a {card.pipeline}; for "
                          f"{card.name} use 'auto'.", lasting=True)
+    if chosen.engine == "capsule" and (asked := pipeline_switches(chosen)):
+        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and {asked[0]} is for the pipeline alone: use 'auto', or "
+                         f"leave {asked[0]} as it is by default.", lasting=True)
     if chosen.engine == "capsule" and (more := beside(card)):
         raise ModelError(f"SDWORKER_ENGINE is 'capsule', which does not draw with the {' and the '.join(more)} baked "
                          f"beside {card.name}: use 'auto'.", lasting=True)

@@ -102,6 +102,13 @@ def _sd15() -> dict[str, Any]:
     return {**_clip(), "unet": unet, "vae": _vae(), "safety_checker": None, "feature_extractor": None,
             "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1), "requires_safety_checker": False}
 
+def _lcm() -> dict[str, Any]:
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    like = _sd15()
+    unet = UNet2DConditionModel.from_config(like["unet"].config, time_cond_proj_dim=8)
+    return like | {"unet": unet, "scheduler": LCMScheduler()}
+
 def _sd3() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
@@ -156,7 +163,7 @@ MINIATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _sd15, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux,
     "ZImagePipeline": _z_image, "QwenImagePipeline": _qwen, "QwenImageEditPipeline": _qwen,
     "QwenImageEditPlusPipeline": _qwen,
-    "PixArtSigmaPipeline": _sigma,  # of no family in the table
+    "PixArtSigmaPipeline": _sigma, "LatentConsistencyModelPipeline": _lcm,  # of no family in the table
 }
 _PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,
               "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

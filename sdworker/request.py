@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .card import ModelCard
 from .families import UNKNOWN
+from .profiles import beside
 from .schedulers import STAND_INS, sampler_named
 from .settings import Settings, complaint
 
@@ -116,15 +117,23 @@ def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
         yield "mask is given without image; give the picture that it belongs to."
     if request.mask and not (family.inpaint or family is UNKNOWN):
         yield f"mask is of no use to {card.name}; leave it out."
-    if request.strength and (family.edits or not begins):
-        yield f"strength is {request.strength:g}: it says how far to go from image, and there is none to begin from."
+    if request.strength and family.edits:
+        yield f"strength is {request.strength:g}: {card.name} edits a picture, and has no use for it; leave it out."
+    if request.strength and not begins:
+        yield (f"strength is {request.strength:g}: it says how far to go from image, and there is none; give one, or "
+               "leave it out.")
     steps, strength = request.num_inference_steps or card.steps, request.arguments()["strength"]
     if begins and not family.edits and steps * strength < 1:
         yield (f"strength is {strength:g} at {steps} step(s), of which none is left: should be at least "
                f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
     if request.scheduler and not family.samplers:
         yield f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other; leave it out."
-    if request.guidance_end is not None and request.guidance_end < 1 and (begins or not family.samplers):
+    ends = request.guidance_end is not None and request.guidance_end < 1
+    refines = "refiner" in beside(card) and not begins and not (ends and request.guidance_end)
+    if request.refine_from and request.refine_from < 1 and not refines:
+        yield (f"refine_from is {request.refine_from:g}: it is for a model with a refiner (see SDWORKER_EXTRAS), for "
+               "pictures from noise, and without guidance_end; leave it out.")
+    if ends and (begins or not family.samplers):
         yield f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with Stable Diffusion " \
               "1.x, 2.x and SDXL; leave it out."
 
@@ -163,8 +172,7 @@ def advice(
             if card.family.negative else f"{card.name} was distilled to do without."))
     if card.family is UNKNOWN:
         found.append(f"{card.name} is a {card.pipeline}, which this worker does not know; unless a request says "
-                     f"otherwise, it draws {card.side}x{card.side} in {card.steps} steps with a guidance_scale of "
-                     f"{card.guidance:g}.")
+                     f"otherwise, it draws {card.side}x{card.side} with that class's own steps and guidance.")
     if request.scheduler in STAND_INS:
         found.append(f"The scheduler {request.scheduler} is not here; {STAND_INS[request.scheduler]} stands in for it.")
     return found

@@ -82,7 +82,7 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
     assert "LoRA one.safetensors: 1 layers, scale 1" in log and "peft" not in log.rpartition("imported:")[2]
     refined, unwanted, base = (pixels(answers[name])[0] for name in ("refined", "unwanted", "base"))
     assert np.abs(refined - base).max() > 0 and np.abs(refined - unwanted).max() > 0
-    assert answers["end"]["error"].startswith("refine_from is for a model with a refiner")
+    assert answers["end"]["error"].startswith("refine_from is 0.8: it is for a model with a refiner")
     assert (pixels(answers["ended"])[0] != base).any() and answers["ended"]["warnings"] == [], "the base draws alone"
     without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
     assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
@@ -90,7 +90,7 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
 
 def test_a_refiner_that_was_not_baked_is_missed_in_a_sentence():
     answers, _ = handled("embedded", {"refined": PLAIN["plain"] | {"refine_from": 0.8}})
-    assert answers["refined"]["error"].startswith("refine_from is for a model with a refiner")
+    assert answers["refined"]["error"].startswith("refine_from is 0.8: it is for a model with a refiner")
 
 
 def test_a_refiner_has_the_switches_of_its_base(tmp_path):

@@ -141,9 +141,16 @@ def test_a_worker_that_must_have_a_capsule_ends_without_one(tmp_path):
 
 
 def test_a_worker_leaves_nothing_in_the_temporary_folder(capsule, tmp_path):
-    before = set(Path("/tmp").glob("aotinductor_*"))
-    drawn(started(capsule.parent, [job("first")], TMPDIR=str(tmp_path)), "first")
-    assert not {path for path in set(Path("/tmp").glob("aotinductor_*")) - before if list(path.rglob("*.so"))}
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    drawn(started(capsule.parent, [job("first")], TMPDIR=str(folder)), "first")
+    assert not list(folder.rglob("*.so"))
+
+
+def test_a_switch_that_a_capsule_does_not_have_is_named(capsule):
+    shift = work(OURS, [job("first")], {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule",
+                                        "SDWORKER_STEP_CACHE": "2"}, stop=False)
+    assert "SDWORKER_STEP_CACHE is for the pipeline alone" in shift.answers["first"]["error"]
 
 
 def test_a_worker_with_nothing_but_a_capsule_refuses_what_that_cannot_do(capsule):

@@ -18,7 +18,8 @@ MASK.paste(255, (32, 0, 64, 64))
 
 
 @pytest.mark.parametrize("pipeline", [
-    "StableDiffusionXLPipeline", *(name for name in MINIATURES if "Edit" not in name)])
+    "StableDiffusionXLPipeline", "PixArtSigmaPipeline", *(
+        name for name, family in FAMILIES.items() if name in MINIATURES and not family.edits)])
 def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
     family, known = read_card(folder).family, pipeline in FAMILIES
@@ -44,7 +45,31 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     refused = {name: answers[name]["error"] for name in ("odd", "strength")}
     assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
     assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == family.samplers
-    assert ("math enabled" in log) != ("math not used: this model's layers have their own" in log)
+    own = pipeline in ("StableDiffusion3Pipeline", "PixArtSigmaPipeline")  # layers with attention of their own
+    assert ("math enabled" in log) != own == ("math not used: this model's layers have their own" in log)
+
+
+@pytest.mark.parametrize(("pipeline", "name"), [
+    ("StableDiffusionXLPipeline", "lightning"), ("StableDiffusionXLPipeline", "lcm"),
+    *((pipeline, name) for pipeline, family in FAMILIES.items() if not family.samplers for name in family.few)])
+def test_a_few_step_model_is_known_by_its_name(pipeline, name, tmp_path):
+    folder, preset = tmp_path / f"tiny-{name}", FAMILIES[pipeline].few[name]
+    miniature(pipeline, folder) if pipeline in MINIATURES else shutil.copytree(EMBEDDED, folder)
+    told = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance}
+    answers, _ = handled(folder, {"auto": {}, "told": told, "more": told | {"num_inference_steps": preset.steps + 1}})
+    auto, told, more = (pixels(answers[one])[0] for one in ("auto", "told", "more"))
+    assert np.array_equal(auto, told) and not np.array_equal(auto, more)
+
+
+def test_what_an_unknown_class_does_not_take_is_refused(tmp_path):
+    """Latent consistency models take neither a negative prompt nor another guidance's argument, and have a sibling."""
+    folder = miniature("LatentConsistencyModelPipeline", tmp_path / "tiny")
+    (folder / "sdworker.json").write_text('{"side": 64}')  # nothing of steps and guidance
+    answers, _ = handled(folder, {"plain": {}, "unwanted": {"negative_prompt": "blue"}, "told": {
+        "num_inference_steps": 4, "guidance_scale": 8.5}, "image": {"image": data_uri(RED)}})
+    assert answers["unwanted"]["error"].startswith("negative_prompt is of no use to a LatentConsistencyModelPipeline")
+    assert np.array_equal(pixels(answers["plain"])[0], pixels(answers["told"])[0]), "by the class's own defaults"
+    assert pixels(answers["image"])[0].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *(
@@ -58,6 +83,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
         "both": {"image": red, "num_images": 2, "strength": 0.9} | steps,
         "second": {"image": red, "seed": 8, "strength": 0.9} | steps,
         "wide": {"image": data_uri(RED.resize((128, 64)))} | steps, "half": {"image": red, "mask": mask},
+        "halves": {"image": red, "mask": mask, "num_images": 2},
         "address": {"image": "http://127.0.0.1:1/x.png"}, "broken": {"image": red[:100]}, "mask alone": {"mask": mask},
         "none left": {"image": red, "num_inference_steps": 1},
         "small mask": {"image": red, "mask": data_uri(MASK.resize((32, 32)))},
@@ -69,6 +95,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert np.abs(pixels(answers["both"])[1] - second).max() <= 2
     start = np.asarray(RED, int)
     assert wide.shape[1] > wide.shape[0], "the picture's shape, and about the model's area"
+    assert np.abs(pixels(answers["halves"])[0] - half).max() <= 2, "the same alone and in company"
     assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
     assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
     assert answers["mask alone"]["error"].startswith("mask is given without image")
@@ -95,14 +122,23 @@ def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path
 @pytest.mark.parametrize("pipeline", [name for name, family in FAMILIES.items() if family.edits])
 def test_a_picture_is_edited(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny")
-    answers, _ = handled(folder, {
+    answers, log = handled(folder, {
         "red": {"image": data_uri(RED), "width": 64, "height": 48}, "none": {},
         "blue": {"image": data_uri(BLUE), "width": 64, "height": 48},
         "strength": {"image": data_uri(RED), "strength": 0.5}, "mask": {"image": data_uri(RED), "mask": data_uri(MASK)},
         "mark": {"image": data_uri(RED), "prompt": "a <|image_pad|> star"},
         "unwanted": {"image": data_uri(RED), "width": 64, "height": 48, "negative_prompt": "blue"},
-    })
+        "both": {"image": data_uri(RED), "width": 64, "height": 48, "num_images": 2}, "odd": {
+            "image": data_uri(RED), "width": 50}, "sampler": {"image": data_uri(RED), "scheduler": "euler"},
+        "second": {"image": data_uri(RED), "width": 64, "height": 48, "seed": 8},
+        "unguided": {"image": data_uri(RED), "guidance_scale": 1.0, "negative_prompt": "blue"},
+    }, SDWORKER_ATTENTION="math")
     (red,), (blue,) = pixels(answers["red"]), pixels(answers["blue"])
+    both, (second,) = pixels(answers["both"]), pixels(answers["second"])
+    assert answers["both"]["seeds"] == [7, 8] and np.abs(both[1] - second).max() <= 2 < np.abs(both[0] - second).max()
+    assert "negative_prompt changes nothing" in " ".join(answers["unguided"]["warnings"])
+    assert answers["odd"]["error"].startswith("width is 50") and answers["sampler"]["error"].startswith("scheduler is")
+    assert "math enabled" in log
     assert red.shape == (48, 64, 3) and np.abs(red - blue).max() > 0, "it looks at the picture"
     assert np.abs(pixels(answers["unwanted"])[0] - red).max() > 0, "and at what is unwanted"
     assert answers["none"]["error"].startswith("image is missing")
@@ -130,4 +166,4 @@ def test_a_class_that_is_not_known_and_wants_a_picture_gets_one(pipeline, tmp_pa
     assert f"{pipeline} is not known to this worker, and drew nothing" in answers["without"]["error"]
     assert pixels(answers["with"])[0].shape == (64, 64, 3)
     assert "which this worker does not know" in answers["with"]["warnings"][0]
-    assert "Inpaint" in pipeline or answers["mask"]["error"].startswith("mask is of no use to a StableDiffusionXLImg")
+    assert pixels(answers["mask"])[0].shape == (64, 64, 3), "by the class that diffusers has for it"
