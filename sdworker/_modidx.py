@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sdworker.bench._profile': ('bench.html#_profile', 'sdworker/bench.py'),
                                 'sdworker.bench._roofline': ('bench.html#_roofline', 'sdworker/bench.py'),
                                 'sdworker.bench._transformer': ('bench.html#_transformer', 'sdworker/bench.py'),
+                                'sdworker.bench.again': ('bench.html#again', 'sdworker/bench.py'),
                                 'sdworker.bench.batch_curve': ('bench.html#batch_curve', 'sdworker/bench.py'),
                                 'sdworker.bench.bench': ('bench.html#bench', 'sdworker/bench.py'),
                                 'sdworker.bench.cpu_suite': ('bench.html#cpu_suite', 'sdworker/bench.py'),

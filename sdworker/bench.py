@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONCE', 'PROMPT', 'peak_memory', 'timings', 'row', 'steps_curve', 'batch_curve', 'split', 'photograph', 'run',
-           'cpu_suite', 'matmul_rate', 'operations', 'gpu_suite', 'bench', 'table', 'unused']
+           'cpu_suite', 'matmul_rate', 'operations', 'gpu_suite', 'again', 'bench', 'table', 'unused']
 
 # %% ../nbs/97_bench.ipynb #c101bd80
 import base64
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -355,6 +356,26 @@ def gpu_suite(
            if switch.settings.get("engine") != "capsule"},  # its own suite makes one first: `compiled`
     }
 
+# %% ../nbs/97_bench.ipynb #1bd88c92
+def again(
+    path: Path,  # of a record of the processor's suite
+    suite: Mapping[str, Callable[[], Any]],
+    only: str,  # in the names of the rows
+    tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
+) -> dict[str, Any]:  # the record
+    "Measure some rows anew; each says on what machine and day, and what the plain pipeline took there."
+    wanted = {name: measure for name, measure in suite.items() if name == "plain" or only in name}
+    if len(wanted) < 2 or not path.exists():
+        raise ModelError(f"{only!r} is in no row's name, or there is no record in {path.parent}; run the suite without "
+                         f"it first. Rows are {', '.join(suite)}.")
+    found = run(wanted, path.with_name(f".{path.name}.again"), tell=tell)
+    record, of = json.loads(path.read_text(encoding="utf-8")), {
+        "date": date.today().isoformat(), "machine": machine(), "plain": found.pop("plain")}
+    rows = record["rows"] | {name: one | {"of": of} for name, one in found.items()}
+    record["rows"] = {name: rows[name] for name in suite if name in rows}
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    return record
+
 # %% ../nbs/97_bench.ipynb #0943059d
 def bench(
     suite: str = "cpu",  # or "gpu"
@@ -363,10 +384,13 @@ def bench(
     tiny: bool = False,  # in small, to see that it runs
     minutes: float = 9,  # of the GPU suite, after which nothing new is begun
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
+    only: str = "",  # of the processor's suite: rows with this in their names, anew, into the record that is there
 ) -> tuple[dict[str, Any] | None, Path]:  # the record, None if there is more to do; its file
-    "Run a suite, or go on with it, and record it. Raises `ModelError` without a GPU."
+    "Run a suite, or go on with it, and record it. Raises `ModelError` without a GPU, or if `only` names no row."
     name = f"bench-{suite}{'-tiny' * tiny}"
     part, path = to / f".{name}.part.json", to / f"{name}.json"
+    if only:
+        return again(path, cpu_suite(*(4, {1: 1, 4: 1}) * tiny), only, tell), path
     if suite == "cpu":
         found = run(cpu_suite(*(4, {1: 1, 4: 1}) * tiny), part, tell=tell)
     elif (device := device or "cuda") == "cuda" and not torch.cuda.is_available():

@@ -82,6 +82,7 @@ def bench(
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the gpu suite; default: cuda.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="In small, to see that a suite runs.")] = False,
     minutes: Annotated[float, typer.Option(help="Of the gpu suite; what is missing then is for the next call.")] = 8,
+    only: Annotated[str, typer.Option(help="Of the cpu suite: measure the rows with this in their names anew.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Measure every switch against the plain pipeline: time, memory, pictures.
@@ -90,7 +91,7 @@ def bench(
 
         sdworker bench
 
-        sdworker bench --suite cpu --to /tmp/mine --json
+        sdworker bench --only compile --to /tmp/mine --json
 
         sdworker bench --suite gpu --to results
 
@@ -103,7 +104,7 @@ def bench(
         from sdworker import bench as lab
 
         with bar(not as_json and sys.stderr.isatty(), "measuring") as on_step:
-            record, path = lab.bench(suite, to, device, tiny, minutes, on_step)
+            record, path = lab.bench(suite, to, device, tiny, minutes, on_step, only)
     if record is None:
         typer.echo(f"sdworker: the time is up; call again to go on. What is done is in {path}.", err=True)
         raise typer.Exit(3)

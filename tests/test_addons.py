@@ -11,7 +11,7 @@ from sdworker.card import read_card
 from sdworker.engine import generate
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature, with_refiner
-from sdworker.profiles import defaults, pipeline_for
+from sdworker.profiles import SWITCHES, defaults, pipeline_for
 from sdworker.stepcache import use_step_cache
 from sdworker.whole import FamilyEngine
 
@@ -55,6 +55,15 @@ def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_jo
     with pytest.raises(KeyError):
         generate(engine, ["a blue star"] * 2, seed=8, steps=8, on_step=stop)
     assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == usual.tobytes()
+
+
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline"])
+def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
+    card, asked = read_card(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7, "steps": 12}
+    plain, kept = FamilyEngine(card), FamilyEngine(card)
+    assert use_step_cache(kept, 2) == ""
+    distance = psnr(*(generate(engine, **asked).pictures[0].image for engine in (plain, kept)))
+    assert SWITCHES["step cache: 2"].least < distance < float("inf")
 
 
 @pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline"])
