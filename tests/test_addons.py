@@ -57,7 +57,7 @@ def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_jo
     assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == usual.tobytes()
 
 
-@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize("family", ["FluxPipeline", "QwenImagePipeline"])  # diffusers has none for SD 3.5
 def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
     card, asked = read_card(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7, "steps": 12}
     plain, kept = FamilyEngine(card), FamilyEngine(card)
