@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sdworker.addons.Refiner.split': ('addons.html#refiner.split', 'sdworker/addons.py'),
                                  'sdworker.addons._layer': ('addons.html#_layer', 'sdworker/addons.py'),
                                  'sdworker.addons._products': ('addons.html#_products', 'sdworker/addons.py'),
+                                 'sdworker.addons._second_unet': ('addons.html#_second_unet', 'sdworker/addons.py'),
                                  'sdworker.addons._share': ('addons.html#_share', 'sdworker/addons.py'),
                                  'sdworker.addons.add_lora': ('addons.html#add_lora', 'sdworker/addons.py'),
                                  'sdworker.addons.use_addons': ('addons.html#use_addons', 'sdworker/addons.py')},

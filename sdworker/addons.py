@@ -111,19 +111,27 @@ def add_lora(
         layer.weight.copy_(layer.weight.float() + change.view_as(layer.weight))
     return len(layers)
 
+# %% ../nbs/27d_addons.ipynb #dc0aca49
+def _second_unet(engine: "FamilyEngine") -> torch.nn.Module:
+    "The refiner's denoiser, in the format and on the device of the base's."
+    from diffusers import UNet2DConditionModel
+
+    folder = engine.card.folder / "refiner"
+    try:
+        return UNet2DConditionModel.from_pretrained(
+            folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
+            variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None).to(engine.device)
+    except Exception as error:
+        raise ModelError(f"the refiner in {folder} cannot be loaded; fetch the model again ({error}).",
+                         lasting=True) from error
+
 # %% ../nbs/27d_addons.ipynb #63f5b15f
 class Refiner:
     "Draws with an engine's base model, and with the refiner from some share of the noise on."
     def __init__(self, engine: "FamilyEngine"):
-        from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
-        self.base, folder = engine.pipe, engine.card.folder / "refiner"
-        try:
-            unet = UNet2DConditionModel.from_pretrained(
-                folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
-                variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None).to(engine.device)
-        except Exception as error:
-            raise ModelError(f"the refiner in {folder} cannot be loaded; fetch the model again ({error}).",
-                             lasting=True) from error
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        self.base, unet = engine.pipe, _second_unet(engine)
         self.pipe = StableDiffusionXLImg2ImgPipeline(
             vae=self.base.vae, text_encoder=None, tokenizer=None, text_encoder_2=self.base.text_encoder_2,
             tokenizer_2=self.base.tokenizer_2, unet=unet, scheduler=self.base.scheduler,

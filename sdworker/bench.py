@@ -389,10 +389,13 @@ def bench(
     "Run a suite, or go on with it, and record it. Raises `ModelError` without a GPU, or if `only` names no row."
     name = f"bench-{suite}{'-tiny' * tiny}"
     part, path = to / f".{name}.part.json", to / f"{name}.json"
-    if only:
-        return again(path, cpu_suite(*(4, {1: 1, 4: 1}) * tiny), only, tell), path
+    if only and suite != "cpu":
+        raise ModelError(f"only is {only!r}, which is for the cpu suite; leave it out.")
     if suite == "cpu":
-        found = run(cpu_suite(*(4, {1: 1, 4: 1}) * tiny), part, tell=tell)
+        rows = cpu_suite(*(4, {1: 1, 4: 1}) * tiny)
+        if only:
+            return again(path, rows, only, tell), path
+        found = run(rows, part, tell=tell)
     elif (device := device or "cuda") == "cuda" and not torch.cuda.is_available():
         raise ModelError("the suite for a GPU needs a CUDA device, and torch sees none; `--device cpu --tiny` runs it "
                          "in small.")

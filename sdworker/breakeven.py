@@ -119,11 +119,12 @@ def table(
               *(f"$ less on {gpu}" for gpu in gpus))]
     for mode, one in found.items():
         images = break_even(one["prepare"], plain, one["image"])
-        repaid = ("at once" if one["prepare"] == 0 else "not in sight" if abs(one["image"] / plain - 1) < NOISE else
+        noise = one["prepare"] > 0 and abs(one["image"] / plain - 1) < NOISE
+        repaid = ("not in sight" if noise else "at once" if one["prepare"] == 0 else
                   "never" if images == float("inf") else f"{images:.0f} images")
         busy = "{meanwhile:.2f}, at worst {worst:.2f}".format(**record["busy"][mode]) if mode in record["busy"] else ""
         lines.append((mode, f"{record['starts'][mode]:.1f}", f"{one['prepare']:.1f}", busy, f"{one['image']:.3f}",
-                      f"{one['image'] / plain:.2f}", repaid, *("noise" if repaid == "not in sight" else
+                      f"{one['image'] / plain:.2f}", repaid, *("noise" if noise else
                       f"{(1000 * (plain - one['image']) - one['prepare']) * PRICES[gpu]:.3f}" for gpu in gpus)))
     return lines
 

@@ -37,7 +37,8 @@ def test_the_ledger_comes_once_and_adds_up(way):
     rows = first["cold_start"]
     assert "cold_start" not in second
     assert set("interpreter worker runpod torch transformers diffusers weights".split()) < set(rows)
-    assert {*list(rows)[-2:]} <= {"first image", "answer", "total"}, "encoding may be done before all is drawn"
+    *_, last, total = rows
+    assert last in ("first image", "answer") and total == "total", "encoding may be done before all is drawn"
     assert abs(sum(rows.values()) - rows["total"] - shift.seconds["first"]) < 0.05 * shift.seconds["first"]
     assert ("warm-up" in rows) == (way == "eager"), "a job that waits is not kept waiting for a warm-up"
     assert shift.log.count("cold start {") == 1 and "torch   " in shift.log, "a line for machines, a table for people"
