@@ -81,7 +81,12 @@ class Scaling(BaseModel):
         return given
 
 # %% ../nbs/50_hub.ipynb #c01ed746
-NO_INPUT = {"baked": "a folder of the image", "volume": "where RunPod mounts it", "capsules": "a folder of the image"}
+NO_INPUT = {
+    "baked": "a folder of the image", "volume": "where RunPod mounts it", "capsules": "a folder of the image",
+    "quantize": "the image has neither torchao nor bitsandbytes",
+    "make_capsule": "the image has no C++ compiler and no CUDA headers",
+    "engine": "the image has a capsule only if it is built with CAPSULE",
+    "compile": "the image has a compiler, and a cache of its work, only if it is built with COMPILE_CACHE"}
 SHOWN_FIRST = ("profile", "model", "max_images", "max_side")  # the rest is under "advanced"
 _OF_PROFILES = {name for values in PROFILES.values() for name in values}
 
