@@ -228,7 +228,15 @@ def why_not(
     if not shutil.which(compiler):
         return (f"there is no C++ compiler {compiler!r} here, and a capsule needs one; install g++ or name another in "
                 "CXX.")
-    return ""
+    return _headers_missing() if device == "cuda" else ""
+
+def _headers_missing() -> str:
+    from torch.utils.cpp_extension import CUDA_HOME  # as torch's compiler finds it
+
+    if CUDA_HOME and Path(CUDA_HOME, "include", "cuda.h").exists():
+        return ""
+    return (f"CUDA's headers are not here (CUDA_HOME is {CUDA_HOME!r}), and a capsule for a GPU needs them; install "
+            "CUDA's toolkit, or name its folder in CUDA_HOME.")
 
 # %% ../nbs/25_encapsulate.ipynb #80a4042f
 def make_capsule(
