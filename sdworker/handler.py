@@ -134,7 +134,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
         initialize_model(warm=True)
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
-        sdk, options = import_runpod(), _queue_options() if queue else {"handler": handler}
+        sdk, options = import_runpod(chosen.lean), _queue_options() if queue else {"handler": handler}
     LEDGER.lap("runpod")
     if check:
         sdk.serverless.register_fitness_check(check)

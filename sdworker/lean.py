@@ -9,7 +9,7 @@ __all__ = ['Later', 'import_torch', 'whole_torch', 'lean']
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -21,7 +21,7 @@ from .imports import StandIn, standing_in
 _DYNAMO, _TRACE = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
 _SHAPE_CHECKS = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious")
 
-_UNUSED = ("boto3", "torchao", "bitsandbytes", "peft")  # imported wherever they are installed
+_UNUSED = ("boto3", "torchao", "bitsandbytes", "peft", "xformers")  # imported wherever they are installed
 
 def _unmarked(thing: Any = None, **options: Any) -> Any:
     "A decorator for the compiler, with or without options, that leaves a function as it is."
@@ -36,14 +36,15 @@ def _same(one: Any, other: Any) -> bool:
 def _mask_context() -> Any:
     return importlib.import_module(_TRACE).TransformGetItemToIndex()
 
-def _stand_ins() -> dict[str, ModuleType | None]:
-    "By name."
+def _stand_ins(keep: Container[str] = ()) -> dict[str, ModuleType | None]:
+    "Stand-ins by the name of their module, but for packages to keep."
     compiler = StandIn(_DYNAMO, allow_in_graph=_unmarked, assume_constant_result=_unmarked,
                        eval_frame=SimpleNamespace(OptimizedModule=()))
     shapes = StandIn("torch.fx.experimental.symbolic_shapes", **dict.fromkeys(_SHAPE_CHECKS, _so), sym_eq=_same,
                      is_nested_int=lambda size: False)
     masks = StandIn(_TRACE, TransformGetItemToIndex=_mask_context)
-    return {module.__name__: module for module in (compiler, shapes, masks)} | dict.fromkeys(_UNUSED)
+    return {module.__name__: module for module in (compiler, shapes, masks)} | {
+        name: None for name in _UNUSED if name not in keep}
 
 # %% ../nbs/32_lean.ipynb #8bd4a161
 class Later(Mapping):
@@ -68,9 +69,11 @@ def _distributions() -> Callable[[], Mapping]:
 # %% ../nbs/32_lean.ipynb #a98ce71d
 _LATER = ("torch._meta_registrations", "torch.distributions", "torch.quantization")
 
-def import_torch() -> ModuleType:
+def import_torch(
+    lean: bool = True,  # the setting SDWORKER_LEAN; False: a plain import
+) -> ModuleType:
     "Import torch without three parts that only a pipeline needs; `lean` brings them."
-    with standing_in({name: StandIn(name) for name in (*_LATER, "pynvml")}):
+    with standing_in({name: StandIn(name) for name in (*_LATER, "pynvml") if lean}):
         import torch
     return torch
 
@@ -83,7 +86,9 @@ def whole_torch() -> ModuleType:
 
 # %% ../nbs/32_lean.ipynb #968effcf
 @contextmanager
-def lean() -> Iterator[None]:
+def lean(
+    keep: Container[str] = (),  # packages that are needed, such as "xformers"
+) -> Iterator[None]:
     "Import diffusers and transformers, and load a model, without what only a compiler or several GPUs would need."
     torch = whole_torch()
     if _DYNAMO in sys.modules:
@@ -97,7 +102,7 @@ def lean() -> Iterator[None]:
     try:
         for owner, name, value in changed:
             setattr(owner, name, value)
-        with standing_in(_stand_ins()):
+        with standing_in(_stand_ins(keep)):
             with _one_gpu(torch):
                 getattr(transformers.utils, "is_torch_distributed_available", bool)()
             yield

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from .bake import quick_check
 from .cache import capsule_places, capsules_in
 from .card import ModelCard, ModelError, Unsuited, read_card
 from .files import components
-from .imports import without_collector
+from .imports import quick_or_plain, without_collector
 from .lean import import_torch, lean, whole_torch
 from .ledger import LEDGER
 from .presets import with_preset
@@ -78,13 +78,20 @@ def _import_pipeline(card: ModelCard) -> None:
 def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     "Load the pipeline, with weights to be shared if there are any."
     whole_torch()
-    with lean() if settings().quantize == "off" else nullcontext():  # what quantizes wants what lean keeps away
+    chosen = settings()
+
+    def load() -> "Engine":
         _import_pipeline(card)
         try:
-            return pipeline_for(settings(), card, device, dtype, **more)
+            return pipeline_for(chosen, card, device, dtype, **more)
         except ModelError:
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
+
+    def load_lean() -> "Engine":
+        with lean(keep=["xformers"] if "xformers" in chosen.attention else []):
+            return load()
+    return quick_or_plain(load_lean, load, chosen.lean and chosen.quantize == "off")  # to quantize takes what lean hides
 
 # %% ../nbs/35_load.ipynb #a98f8e7b
 def _load(chosen: Settings) -> "Engine":
@@ -92,7 +99,7 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("wait for a job" if _waiting else "SDK start")
     card, here = model_card(), find(chosen)
     LEDGER.lap("check files")
-    import_torch()
+    import_torch(chosen.lean)
     LEDGER.lap("torch")
     device, dtype = place(chosen, card.family.half)
     LEDGER.lap("device")

@@ -116,6 +116,8 @@ class Settings(_Drawn):
         "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(
         "background", description="Load the model beside the SDK's own start, at the first request, or before all")
+    lean: bool = Field(True, description=(
+        "Import without torch's compiler and other parts that a start does not use, with stand-ins in their place"))
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")

@@ -16,7 +16,8 @@ from sdworker.handler import handler
 logging.basicConfig(level="INFO", format="%(message)s")
 jobs = json.load(sys.stdin)
 json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)
-print("imported:", *(name for name in ("torchao", "peft", "diffusers") if name in sys.modules), file=sys.stderr)
+heavy = ("torchao", "peft", "diffusers", "xformers", "torch._dynamo")
+print("imported:", *(name for name in heavy if name in sys.modules), file=sys.stderr)
 """
 
 
