@@ -5,7 +5,7 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint lock hub capsule in-step image-test embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test lint lock lock-test hub capsule in-step image-test embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ lint: venv  ## ruff over notebooks, tests and scripts
 
 lock: venv  ## lock what the image installs, after a change of settings.ini (needs uv)
 	$(PY) docs/lock.py
+
+lock-test: venv  ## install exactly that lock, some 5 GB, and see that the worker draws with it (ten minutes)
+	$(PY) docs/lock_test.py
 
 hub: venv  ## renew hub.json and .runpod/tests.json, after a change of the settings
 	$(PY) -m sdworker.hub

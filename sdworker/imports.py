@@ -24,7 +24,7 @@ log = logging.getLogger("sdworker")
 # %% ../nbs/31_imports.ipynb #33affd87
 class StandIn(ModuleType):
     "A module that holds a few names, and makes way for the real one when it is asked for another, or for a submodule."
-    __path__: list[str] = []  # of a package, so that its submodules are looked for, by `_Submodules`
+    __path__ = ()  # as packages have, so that Python looks for its submodules, which `_Submodules` finds
 
     def __init__(self, name: str, **names: Any):  # name of the real module, and what the stand-in holds
         super().__init__(name)

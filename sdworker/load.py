@@ -91,7 +91,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     def load_lean() -> "Engine":
         with lean(keep=["xformers"] if "xformers" in chosen.attention else []):
             return load()
-    return quick_or_plain(load_lean, load, chosen.lean and chosen.quantize == "off")  # to quantize takes what lean hides
+    return quick_or_plain(load_lean, load, chosen.lean and chosen.quantize == "off")  # quantizing needs what is hidden
 
 # %% ../nbs/35_load.ipynb #a98f8e7b
 def _load(chosen: Settings) -> "Engine":

@@ -1,0 +1,150 @@
+"""Install exactly what the image locks, and see that the worker works with it: `make lock-test`.
+
+`.runpod/worker.lock` goes into an environment of its own in `out/lock/`, some 5 GB to fetch. There the worker draws at
+a loopback queue by diffusers and by ahead-of-time code, the tests of families and add-ons run, and imports are timed.
+The results go to `results/lock.json` with the hash of the lock; a test fails when the two no longer belong together.
+"""
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sdworker.embedded import judge
+from sdworker.images import from_data_uri
+from sdworker.loopback import work
+from sdworker.measure import psnr, write_result
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK, HOME = ROOT / ".runpod" / "worker.lock", ROOT / "out" / "lock"
+PYTHON, TOOLS, BESIDE, AOT = HOME / "venv/bin/python", HOME / "tools", HOME / "torchvision", HOME / "aot"
+PYTEST = ("pytest", "pytest-timeout", "pytest-xdist", "execnet", "pluggy", "iniconfig")  # of tests.lock
+TESTS = ("families", "addons", "lean", "noise")
+PROMPT = "a large red star on a blue background"
+IMPORT = """
+import sys, time
+from sdworker.lean import lean, whole_torch
+whole_torch()
+start = time.perf_counter()
+with lean(keep=sys.argv[1:]):
+    from diffusers import StableDiffusionXLPipeline
+print(time.perf_counter() - start)
+"""
+VERSIONS = """
+import json, torch
+from sdworker.measure import machine
+print(json.dumps(machine() | {"cuda": torch.version.cuda}))
+"""
+
+
+def run(*command: object, path: tuple[Path, ...] = (), check: bool = True, **environment: str) -> str:
+    "Run a command in the repository with its package on the path; what it printed."
+    found = os.pathsep.join(map(str, (ROOT, *path)))
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"} | environment)
+    if check and done.returncode:
+        sys.exit(f"{done.stdout}\ndocs/lock_test.py: {' '.join(map(str, command))} ended with {done.returncode}")
+    return done.stdout
+
+
+def pip(*arguments: object) -> None:
+    "Install wheels and nothing that they ask for."
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:",
+        *arguments)
+
+
+def install(lock: str) -> dict[str, Any]:
+    "Make the environment, unless it is there and of this lock; seconds and bytes."
+    made = HOME / "installed.json"
+    if made.exists() and (before := json.loads(made.read_text()))["sha256"] == lock:
+        return before
+    shutil.rmtree(HOME, ignore_errors=True)
+    begin = time.perf_counter()
+    run(sys.executable, "-m", "venv", HOME / "venv")
+    pip("--require-hashes", "-r", LOCK)
+    seconds = time.perf_counter() - begin
+    lines = (ROOT / ".runpod" / "tests.lock").read_text().splitlines(keepends=True)
+    (HOME / "tools.txt").write_text("".join(line for line in lines if line.partition("==")[0] in PYTEST))
+    pip("--require-hashes", "--target", TOOLS, "-r", HOME / "tools.txt")
+    minor = re.search(r"^torch==2\.(\d+)\.", LOCK.read_text(), re.M)[1]
+    pip("--target", BESIDE, f"torchvision==0.{int(minor) + 15}.0")  # numbered so since torch 2.0
+    size = sum(path.stat().st_size for path in (HOME / "venv").rglob("*") if path.is_file())
+    record = {"sha256": lock, "seconds": round(seconds, 1), "bytes": size}
+    made.write_text(json.dumps(record))
+    return record
+
+
+def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: str) -> tuple[dict[str, Any], Any]:
+    "Start the worker with two jobs at the queue and check both pictures; its start in seconds, and its first picture."
+    print(f"drawing: {what}", flush=True)
+    jobs = [{"id": f"job-{seed}", "input": {"prompt": PROMPT, "seed": seed}} for seed in (7, 8)]
+    found = os.pathsep.join(map(str, (ROOT, *path)))
+    shift = work([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli", "start"], jobs,
+                 {"PYTHONPATH": found, "SDWORKER_CAPSULES": str(AOT)} | environment, 300)
+    answers = [shift.answers.get(job["id"], {}).get("output", {}) for job in jobs]
+    pictures = [from_data_uri(answer["images"][0]) for answer in answers if "images" in answer]
+    right = len(pictures) == 2 and all(all(judge(picture, PROMPT).values()) for picture in pictures)
+    if not right or says not in shift.log:
+        sys.exit(f"{shift.log}\ndocs/lock_test.py: {what} did not draw what was asked for, or did not log {says!r}")
+    start = answers[0]["timings"]["cold_start"]
+    return {"warnings": answers[0]["warnings"], "cold_start": start}, pictures[0]
+
+
+def compile_ahead() -> float:
+    "Compile the embedded model ahead of time; seconds."
+    print("compiling the embedded model ahead of time", flush=True)
+    shutil.rmtree(AOT, ignore_errors=True)
+    begin = time.perf_counter()
+    run(PYTHON, "-W", "ignore", "-m", "sdworker.cli", "bake", "--capsule", "--device", "cpu",
+        SDWORKER_CAPSULES=str(AOT))
+    return time.perf_counter() - begin
+
+
+def import_xformers() -> dict[str, float]:
+    "Seconds to import what draws with xformers out of sight and in sight, in turns; medians."
+    print("timing imports", flush=True)
+    turns = [[float(run(PYTHON, "-W", "ignore", "-c", IMPORT, *keep).split()[-1]) for keep in ((), ("xformers",))]
+             for _ in range(6)][1:]
+    hidden, seen = (statistics.median(column) for column in zip(*turns, strict=True))
+    return {"hidden": hidden, "in_sight": seen, "ratio": hidden / seen}
+
+
+def test() -> str:
+    "Run the tests; pytest's last line."
+    print("running the tests of " + ", ".join(TESTS), flush=True)
+    said = run(PYTHON, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-n", "2", "--timeout=600",
+               *(ROOT / "tests" / f"test_{name}.py" for name in TESTS), path=(TOOLS,))
+    return said.strip().splitlines()[-1]
+
+
+def main() -> None:
+    "Do all of it, and write it down."
+    lock = sha256(LOCK.read_bytes()).hexdigest()
+    print("installing the lock: some 5 GB to fetch, unless it is there", flush=True)
+    installed = install(lock)
+    seconds = compile_ahead()
+    workers, pictures = {}, {}
+    for what, options in {
+            "diffusers": {"SDWORKER_ENGINE": "pipeline"}, "ahead of time": {"SDWORKER_ENGINE": "capsule"},
+            "profile guide": {"SDWORKER_PROFILE": "guide", "says": "Loading model..."},
+            "SDWORKER_LEAN=off": {"SDWORKER_ENGINE": "pipeline", "SDWORKER_LEAN": "off"},
+            "torchvision beside it": {"SDWORKER_ENGINE": "pipeline", "path": (BESIDE,)}}.items():
+        workers[what], pictures[what] = draw(what, **options)
+    apart = {what: min(psnr(picture, pictures["diffusers"]), 99.0) for what, picture in pictures.items()}
+    if min(apart.values()) < 40:
+        sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; 40 are wanted")
+    write_result(ROOT / "results" / "lock.json", {
+        "sha256": lock, "machine": json.loads(run(PYTHON, "-c", VERSIONS)), "installed": installed,
+        "compiled_ahead": seconds, "workers": workers, "psnr": apart, "import_diffusers": import_xformers(),
+        "tests": test()}, "make lock-test: the locked packages on a processor, the embedded model, at a loopback queue")
+    print("all of it works: results/lock.json")
+
+
+if __name__ == "__main__":
+    main()
