@@ -16,6 +16,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from .engine import randn
+
 # %% ../nbs/21_samplers.ipynb #e8a83e5f
 MOST_STEPS = 100  # that tables are made for
 TABLED = ("euler", "euler_a", "ddim", "dpmpp_2m")  # samplers that a capsule has
@@ -116,8 +118,8 @@ def noise_like(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> torch.Tensor:
-    "Noise for a batch, each image's from its own generator."
-    return torch.cat([torch.randn((1, *shape[1:]), generator=generator, dtype=dtype)
+    "Noise for a batch, each image's from its own generator, and the same in every number format."
+    return torch.cat([randn((1, *shape[1:]), generator=generator, dtype=dtype)
                       for generator in generators]).to(device)
 
 def run_table(
