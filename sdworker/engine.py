@@ -13,7 +13,6 @@ import copy
 import logging
 import math
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -24,7 +23,7 @@ from PIL import Image
 
 from .card import UNUSED, ModelCard, ModelError, Unsuited, fit, read_json
 from .files import components, weight_files
-from .measure import Timings
+from .measure import Timings, between, mark
 from .schedulers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -423,12 +422,14 @@ def _refined(engine: Engine, shape: Shape) -> float:
 
 def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
     "Draw one batch."
-    start = time.perf_counter()
-    with timings.stage("encode"):
-        encoded = engine.encode(batch, shape)
-    with timings.stage("denoise"):
-        latents = engine.denoise(encoded, batch, shape, tell)
-    with timings.stage("decode"):
-        pixels = engine.decode(latents)
-    seconds = (time.perf_counter() - start) / len(batch)
+    marks = [mark(engine.device)]  # on a GPU each stage returns before its work is done
+    encoded = engine.encode(batch, shape)
+    marks.append(mark(engine.device))
+    latents = engine.denoise(encoded, batch, shape, tell)
+    marks.append(mark(engine.device))
+    pixels = engine.decode(latents)
+    marks.append(mark(engine.device))
+    for name, begin, end in zip(("encode", "denoise", "decode"), marks[:-1], marks[1:], strict=True):
+        timings[name] = timings.get(name, 0.0) + between(begin, end)
+    seconds = between(marks[0], marks[-1]) / len(batch)
     return [Picture(Image.fromarray(p), s.prompt, s.seed, seconds) for p, s in zip(pixels, batch, strict=True)]
