@@ -62,8 +62,8 @@ def peak_bytes(
         call()
     return living.most
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 # %% ../nbs/23_memory.ipynb #9181e958
 @dataclass(frozen=True)
