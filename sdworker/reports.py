@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -106,8 +106,7 @@ def bench(
         with bar(not as_json and sys.stderr.isatty(), "measuring") as on_step:
             record, path = lab.bench(suite, to, device, tiny, minutes, on_step, only)
     if record is None:
-        typer.echo(f"sdworker: the time is up; call again to go on. What is done is in {path}.", err=True)
-        raise typer.Exit(3)
+        _go_on(lab.missing(path), path)
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -126,6 +125,13 @@ def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> N
     for name, reason in unused.items():
         typer.echo(f"not used: {name}: {reason}")
     typer.echo(f"written: {path}")
+
+def _go_on(missing: dict[str, str], path: Path) -> NoReturn:
+    "Report what is left for another call, and why."
+    for name, reason in missing.items():
+        typer.echo(f"not measured yet: {name}: {reason}", err=True)
+    typer.echo(f"sdworker: call again to go on. What is done is in {path}.", err=True)
+    raise typer.Exit(3)
 
 # %% ../nbs/98a_reports.ipynb #3d5415f6
 @app.command()

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from sdworker.bench import supervise
 from sdworker.card import EMBEDDED, ModelError, read_card
 from sdworker.compiling import fill_cache
 from sdworker.embedded import pairs
@@ -158,6 +159,8 @@ def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
     measured = {name for name, row in rows.items() if name.startswith("switch ") and "time" in row}
     assert len(measured) >= 9
     assert all(rows[name]["psnr"] >= LOSSLESS for name in measured if rows[name]["least"] == LOSSLESS)
+    assert not [name for name, row in rows.items() if "failed" in row or "out_of_memory" in row]
+    assert "time" in rows["switch compile: cached"] or "time" not in rows["switch compile: regional"]
     if not torch.cuda.is_available():
         assert "no CUDA device" in rows["switch attention: xformers"]["not_used"]
 
@@ -167,5 +170,27 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
                "--to", str(tmp_path), "--minutes", "0.05"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "call again to go on" in done.stderr
+    assert "not measured yet: switch offload: sequential: takes about" in done.stderr
     part = json.loads((tmp_path / ".bench-gpu-tiny.part.json").read_text())
     assert "roofline" in part["done"] and not (tmp_path / "bench-gpu-tiny.json").exists()
+
+
+def test_a_row_that_hangs_is_ended_and_the_others_are_measured(tmp_path):
+    script = """
+import json, sys, time
+from pathlib import Path
+from sdworker.bench import run
+
+rows = run({"hangs": lambda: time.sleep(600), "other": lambda: 1}, Path(sys.argv[1]), seconds={"hangs": 1})
+if rows is None:
+    sys.exit(3)
+Path(sys.argv[2]).write_text(json.dumps(rows))
+"""
+    part, record, begun = tmp_path / "part.json", tmp_path / "rows.json", []
+
+    def begin(minutes):
+        begun.append(minutes)
+        return subprocess.Popen([sys.executable, "-c", script, str(part), str(record)], stderr=subprocess.DEVNULL)
+    assert supervise(begin, part, 10) and len(begun) == 3
+    assert json.loads(record.read_text()) == {
+        "hangs": {"failed": "the process that measured it ended; it is ended after 3 s", "tries": 2}, "other": 1}
