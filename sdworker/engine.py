@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'randn', 'use_float32_noise', 'load_pipeline',
            'bare_components', 'denoiser_of', 'encode_prompts', 'scheduler_for', 'generators', 'denoise', 'to_pixels',
-           'as_bytes', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'memory_is_out', 'in_batches',
+           'as_bytes', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'BatchSizes', 'in_batches',
            'generate']
 
 # %% ../nbs/20_engine.ipynb #67e6190e
@@ -16,12 +16,14 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .card import UNUSED, ModelCard, ModelError, Unsuited, fit, read_json
+from .failures import device_guard, load_error, memory_is_out
 from .files import components, weight_files
 from .measure import Timings, between, mark
 from .schedulers import SAMPLERS
@@ -132,9 +134,8 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(
             card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
-    except Exception as error:  # the libraries below raise a dozen kinds for a damaged folder
-        raise ModelError(f"{card.name} cannot be loaded from {card.folder}, so a file there is damaged or of another "
-                         f"model; fetch it again ({error}).", lasting=True) from error
+    except Exception as error:
+        raise load_error(card, device, dtype, error) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # of other pipelines half precision is what their VAE is called with
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
@@ -334,22 +335,42 @@ class Drawn:
     warnings: list[str] = field(default_factory=list)  # for whoever asked
 
 # %% ../nbs/20_engine.ipynb #71bb08fb
-def memory_is_out(
-    error: BaseException,
-) -> bool:
-    "Whether an error says that the device has no memory left."
-    said = ("allocate memory", "out of memory", "create a primitive")  # PyTorch's allocators; oneDNN
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said))
+class BatchSizes:
+    "The batches that did not fit into an engine's memory. A smaller image learns nothing from a larger one."
+    def __init__(self):
+        self.failed: dict[tuple, dict[int, int]] = {}  # kind of batch -> pixels of an image -> fewest images
 
+    def fewest(self, shape: Shape) -> int | None:
+        "The smallest batch of such images that is known not to fit."
+        sizes = self.failed.get(self._kind(shape), {})
+        return min((images for pixels, images in sizes.items() if pixels <= shape.width * shape.height), default=None)
+
+    def add(self, shape: Shape, images: int) -> None:
+        "Remember a batch that did not fit, unless that follows from what is known."
+        if (known := self.fewest(shape)) is not None and known <= images:
+            return
+        sizes, pixels = self.failed.setdefault(self._kind(shape), {}), shape.width * shape.height
+        sizes[pixels] = images
+        for other in [other for other in sizes if other > pixels and sizes[other] >= images]:
+            del sizes[other]
+
+    def _kind(self, shape: Shape) -> tuple:
+        return shape.begins, shape.guided > 0, shape.refine_from < 1
+
+_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # for as long as an engine lives
+
+# %% ../nbs/20_engine.ipynb #4d0ba7c4
 def in_batches(
     shots: Sequence[Shot],
     most: int,  # images in one call
     draw: Callable[[Sequence[Shot]], None],
+    shape: Shape,
+    sizes: BatchSizes,  # what is known of this engine's memory; learns from what fails
 ) -> list[str]:  # for the answer's "warnings"
     "Draw shots in batches; one that does not fit is halved, or raises `Unsuited` if it is a single image."
-    done, halved = 0, 0
-    while batch := shots[done:done + most]:
+    done, failed = 0, sizes.fewest(shape)
+    limited = failed is not None and min(most, len(shots)) >= failed
+    while batch := shots[done:done + (_half(failed) if limited else most)]:
         try:
             draw(batch)
             done += len(batch)
@@ -357,14 +378,18 @@ def in_batches(
         except Exception as error:
             if not memory_is_out(error):
                 raise
-            if len(batch) == 1:
-                raise Unsuited("not even one image of this size fits into memory; ask for fewer pixels, or see "
-                               "SDWORKER_PROFILE=lowmem.") from None
-            log.warning("%d images do not fit into memory: %s", len(batch), str(error).partition("\n")[0])
-        most = halved = len(batch) // 2
+            log.warning("%d image(s) do not fit into memory: %s", len(batch), str(error).partition("\n")[0])
         torch.cuda.empty_cache()  # outside of `except`, which holds what the failed call had made
-    return [f"More images in one call than {halved} do not fit into memory; set SDWORKER_MAX_BATCH to {halved} to "
-            "save the attempts."] if halved else []
+        if len(batch) == 1:
+            raise Unsuited("not even one image of this size fits into memory; ask for fewer pixels, or see "
+                           "SDWORKER_PROFILE=lowmem.")
+        limited, failed = True, len(batch)
+        sizes.add(shape, failed)
+    return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time; set "
+            f"SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt."] if limited else []
+
+def _half(images: int) -> int:
+    return (images + 1) // 2
 
 # %% ../nbs/20_engine.ipynb #4aa3b988
 def generate(
@@ -404,7 +429,7 @@ def generate(
                 len(pictures) * total + done * len(batch), len(shots) * total))):
             pictures.append(picture)
             on_picture(picture)
-    halved = in_batches(shots, min(max_batch, card.family.batch), draw)
+    halved = in_batches(shots, min(max_batch, card.family.batch), draw, shape, _SIZES.setdefault(engine, BatchSizes()))
     return Drawn(pictures, timings, [reason] * bool(reason) + halved)
 
 # %% ../nbs/20_engine.ipynb #ed7c9d5f
@@ -420,6 +445,7 @@ def _refined(engine: Engine, shape: Shape) -> float:
     fits = refine and shape.begins == "noise" and shape.guided in (0, shape.steps) and refine.split(usual)[0]
     return usual.refine_from if fits else 1.0  # of a single step there is none for the base
 
+@device_guard()
 def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
     "Draw one batch."
     marks = [mark(engine.device)]  # on a GPU each stage returns before its work is done
