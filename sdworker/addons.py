@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from .card import ModelError, Unsuited
 from .engine import Encoded, OnStep, Shape, Shot, denoise, encode_prompts, generators, scheduler_for
+from .failures import device_loss, load_error, memory_is_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,6 +92,8 @@ def add_lora(
     except ModelError:
         raise
     except Exception as error:  # of four libraries
+        if memory_is_out(error) or device_loss(error):
+            raise  # which is not the file's fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} cannot be read as a LoRA for {type(pipe).__name__} ({reason}); leave it out.",
                          lasting=True) from error
@@ -122,8 +125,7 @@ def _second_unet(engine: "FamilyEngine") -> torch.nn.Module:
             folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
             variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None).to(engine.device)
     except Exception as error:
-        raise ModelError(f"the refiner in {folder} cannot be loaded; fetch the model again ({error}).",
-                         lasting=True) from error
+        raise load_error(engine.card, engine.device, engine.dtype, error, folder) from error
 
 # %% ../nbs/27d_addons.ipynb #63f5b15f
 class Refiner:

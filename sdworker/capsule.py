@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from .cache import capsules_in
 from .card import ModelCard, ModelError, Unsuited, read_entry, read_json, vae_scale
 from .engine import Encoded, Engine, OnStep, Shape, Shot
+from .failures import device_loss, memory_is_out
 from .files import components, header_of, weight_files
 from .samplers import MOST_STEPS, run_table, seeded, shifted, table_for
 
@@ -194,6 +195,12 @@ def _weights(card: ModelCard, folder: Path, about: dict[str, Any], device: str) 
                     found[name] = tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
     return found
 
+def _open_on(weights: dict[str, torch.Tensor], path: Path) -> Any:
+    "A compiled part on weights that stay ours."
+    loader = open_part(path)
+    loader.load_constants({name: weights[name] for name in loader.get_constant_fqns()}, False, True, True)
+    return loader
+
 # %% ../nbs/24_capsule.ipynb #93da15c9
 def check_inputs(
     inputs: Sequence[Sequence[Any]],  # of each: dtype, and its dimensions, numbers or names
@@ -222,28 +229,26 @@ class CapsuleEngine:
     def __init__(self, card: ModelCard, folder: Path, device: str = "cpu"):
         self.about = read_json(folder / ABOUT)
         self.card, self.device, self.dtype = card, device, self.about["key"]["dtype"]
+        self.failed_allocations = 0
         try:
             self.weights = _weights(card, folder, self.about, device)
-            self.parts = {name: self._open(folder / f"{name}.pt2") for name in self.about["parts"]}
+            self.parts = {name: _open_on(self.weights, folder / f"{name}.pt2") for name in self.about["parts"]}
             self.tokenizers = [Tokenizer.from_file(str(folder / name)) for name in self.about["tokenizers"]]
             with safe_open(folder / "tables.safetensors", "np") as tables:
                 self.tables = {name: tables.get_tensor(name) for name in tables.keys()}
         except Exception as error:  # torch's loader raises a plain RuntimeError, whatever is wrong
+            if memory_is_out(error) or device_loss(error):
+                raise  # which no other capsule would help
             raise ModelError(f"capsule {folder} cannot be opened ({error}); make it again.", lasting=True) from error
-
-    def _open(self, path: Path) -> Any:
-        loader = open_part(path)
-        names = loader.get_constant_fqns()
-        loader.load_constants({name: self.weights[name] for name in names}, False, True, True)  # they stay ours
-        return loader
 
     @torch.inference_mode()
     def run(self, part: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
         "Call a part, with nothing that it was not made for."
         check_inputs(self.about["parts"][part], self.about["bounds"], tensors)
-        return self.parts[part].run([tensor.contiguous() for tensor in tensors])
+        return _call(self, part, [tensor.contiguous() for tensor in tensors])
 
     def encode(self, shots, shape):
+        self.failed_allocations = _failed_allocations(self.device)  # once for each batch
         return encode_texts(self, shots, shape)
 
     def denoise(self, encoded, shots, shape, on_step=None):
@@ -256,6 +261,20 @@ class CapsuleEngine:
         if reason := beyond(self, shape, images):
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the pipeline.")
         return self, ""
+
+# %% ../nbs/24_capsule.ipynb #a110c002
+def _failed_allocations(device: str) -> int:
+    "How often PyTorch's allocator for the GPU has found no memory."
+    return torch.cuda.memory_stats().get("num_ooms", 0) if device == "cuda" else 0
+
+def _call(engine: CapsuleEngine, part: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    "Run a part, and raise `torch.OutOfMemoryError` if memory was out."
+    try:
+        return engine.parts[part].run(tensors)
+    except RuntimeError as error:
+        if _failed_allocations(engine.device) > engine.failed_allocations:
+            raise torch.OutOfMemoryError(f"out of memory in compiled code ({error})") from error
+        raise
 
 # %% ../nbs/24_capsule.ipynb #14799887
 @torch.inference_mode()
@@ -354,7 +373,8 @@ class CapsuleFirst:
             try:
                 self._pipeline = self._pipeline or self._load()
             except ModelError as error:
-                raise ModelError(str(error)) from error  # for this request; the capsule goes on
+                lost = bool(device_loss(error))  # to the capsule as well; else this request alone fails
+                raise ModelError(str(error), lasting=lost) from error
         return self._pipeline
 
     def pick(self, shape: Shape, images: int) -> tuple[Engine, str]:
