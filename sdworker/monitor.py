@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from .settings import Settings, settings
+from .settings import Settings, SettingsError, settings
 
 log = logging.getLogger("sdworker")
 
@@ -173,7 +173,11 @@ def note(
 
 def _sum_up(counted: tuple) -> None:
     "Add a job to the tally, and say a line where there are enough."
-    every, tally = settings().log_every, _state["tally"] or Tally(time.monotonic() - counted[1])
+    try:
+        every = settings().log_every
+    except SettingsError:  # the job's own line has the reason
+        every = 0
+    tally = _state["tally"] or Tally(time.monotonic() - counted[1])
     _state["tally"] = tally
     tally.add(*counted)
     jobs = sum(tally.outcomes.values())
