@@ -1,0 +1,174 @@
+"""What a GPU's failures, missing memory and wrong settings do to real workers; errors are raised where no GPU can."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sdworker.demo import free_port
+from sdworker.handler import handler
+from sdworker.loopback import work
+from sdworker.settings import settings
+
+HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
+LOST = "the GPU takes no more work from this process"
+
+# What follows is put before a worker's start, and breaks its engine.
+LIBRARY = """
+import torch, sdworker.handler, sdworker.whole
+from diffusers import DiffusionPipeline
+from unittest.mock import patch
+
+TEXT = '''CUDA error: an illegal memory access was encountered
+Search for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more
+information. CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might
+be incorrect. For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+'''
+
+def illegal():
+    error = torch.AcceleratorError(TEXT)
+    error.error_code = 700  # as PyTorch sets it
+    return error
+
+def unreadable():
+    "An error that tells nothing of the context, which is gone."
+    patch("torch.cuda.is_initialized", return_value=True).start()
+    patch("torch.cuda.synchronize", side_effect=illegal()).start()
+    return RuntimeError("run_func_(...) API call failed at model_container_runner.cpp, line 145")
+
+def fail(owner, name, error, first=0, last=10**9):
+    "Have calls of a method fail, from the first to the last of them that is given."
+    whole, calls = getattr(owner, name), []
+    def broken(*given, **more):
+        calls.append(None)
+        if first <= len(calls) - 1 <= last:
+            raise error()
+        return whole(*given, **more)
+    setattr(owner, name, broken)
+"""
+
+
+def worker(*lines: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", "\n".join([LIBRARY, *lines, "sdworker.handler.start()"])]
+
+
+def job(name: str, **fields) -> dict:
+    return {"id": name, "input": {"prompt": "a large red star on a blue background", "num_inference_steps": 2} | fields}
+
+
+@pytest.mark.parametrize(("stage", "error"), [
+    ("encode", "illegal"), ("decode", "unreadable"),
+    ("denoise", "lambda: RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered')")])
+def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
+    shift = work(worker(f"fail(sdworker.whole.FamilyEngine, {stage!r}, {error}, first=1)"),
+                 [job("drawn"), job("lost"), job("third"), job("fourth")], {"SDWORKER_LOAD": "lazy"}, 60, stop=False)
+    assert "images" in shift.answers["drawn"].get("output", {}), shift.log
+    assert shift.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was encountered)")
+    assert shift.answers["lost"]["stopPod"], "the platform is asked to end this worker"
+    assert set(shift.taken) == {"drawn", "lost"}, "the others are left for another worker"
+    assert shift.code, "the process ends by itself, and not as if all were well"
+
+
+@pytest.mark.parametrize("owner", ["DiffusionPipeline, 'from_pretrained'", "sdworker.whole.FamilyEngine, 'decode'"])
+def test_a_gpu_that_is_lost_before_the_first_job(owner):
+    """In the load, or in the warm-up that follows it in the background."""
+    shift = work(worker(f"fail({owner}, illegal)"), [job("first"), job("second")], limit=60, stop=False,
+                 arrivals=[5, 5])
+    assert shift.answers["first"]["error"].startswith(LOST), shift.log
+    assert "damaged" not in shift.log
+    assert set(shift.taken) == {"first"} and shift.code
+
+
+def test_out_of_memory_in_a_job_is_no_lost_gpu():
+    """Alone it does not fit, and is refused; the worker stays, and the next job is drawn."""
+    shift = work(worker("out = lambda: torch.AcceleratorError(TEXT.replace('an illegal memory access was encountered',"
+                        " 'out of memory'))",
+                        "fail(sdworker.whole.FamilyEngine, 'decode', out, last=0)"),
+                 [job("large"), job("small")], {"SDWORKER_LOAD": "lazy"})
+    assert shift.answers["large"]["error"].startswith("not even one image of this size fits"), shift.log
+    assert "output" in shift.answers["small"] and "stopPod" not in shift.answers["large"]
+
+
+def test_a_batch_that_did_not_fit_is_not_tried_again():
+    words = "GET was unable to find an engine to execute this computation"
+    code = f"few = lambda: RuntimeError({words!r})\nfail(sdworker.whole.FamilyEngine, 'decode', few, last=0)\n" \
+        "whole = sdworker.whole.FamilyEngine.decode\n" \
+        "def counted(self, latents):\n    print('images at once:', len(latents), flush=True)\n" \
+        "    return whole(self, latents)\nsdworker.whole.FamilyEngine.decode = counted"
+    shift = work(worker(code), [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
+                                job("smaller", num_images=4, width=32, height=32)], {"SDWORKER_LOAD": "lazy"})
+    sizes = [int(line.rpartition(" ")[2]) for line in shift.log.splitlines() if line.startswith("images at once")]
+    assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job does not pay for what the first has found out"
+    warnings = {name: [text for text in shift.answers[name]["output"]["warnings"] if "do not fit" in text]
+                for name in shift.answers}
+    assert warnings["first"] == warnings["second"] and warnings["first"][0].startswith("4 images in one call do not")
+    assert warnings["small"] == warnings["smaller"] == []
+
+
+def test_a_load_that_finds_no_memory_is_tried_again_and_blames_no_file():
+    shift = work(worker("import os", "os.environ['SDWORKER_LOAD'] = 'lazy'",
+                        "out = lambda: RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+                        " 8 bytes\")",
+                        "fail(DiffusionPipeline, 'from_pretrained', out, last=0)"), [job("first"), job("second")])
+    error = shift.answers["first"]["error"]
+    assert error.startswith("the weights of embedded take") and "no memory left" in error and "damaged" not in error
+    assert "stopPod" not in shift.answers["first"] and "output" in shift.answers["second"]
+
+
+def test_the_local_api_ends_as_well():
+    port = free_port()
+    code = "\n".join([LIBRARY, "fail(sdworker.whole.FamilyEngine, 'denoise', illegal)",
+                      f"sdworker.handler.serve(port={port})"])
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=os.environ | {"SDWORKER_LOAD": "lazy"})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            for _ in range(600):
+                try:
+                    answer = client.post("/runsync", json=job("one")).json()
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+        log, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert answer["error"].startswith(LOST), log
+    assert process.returncode == 1 and "the worker ends" in log
+
+
+@pytest.fixture
+def wrong_variable(monkeypatch):
+    monkeypatch.setenv("SDWORKER_LOG_EVRY", "3")
+    settings.cache_clear()
+    yield "SDWORKER_LOG_EVRY is not a setting; did you mean SDWORKER_LOG_EVERY?"
+    settings.cache_clear()
+
+
+def test_settings_that_make_no_sense_at_each_door(wrong_variable):
+    """A start ends with the sentence and takes no job; a handler that is called without one answers with it."""
+    shift = work(HANDLER, [job("one")], limit=60, stop=False)
+    assert shift.code == 1 and shift.log.strip() == f"sdworker: {wrong_variable}" and not shift.taken
+    served = subprocess.run([sys.executable, "-m", "sdworker.cli", "serve"], capture_output=True, text=True, timeout=60)
+    assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"
+    assert handler(job("one")) == {"error": wrong_variable, "refresh_worker": True}
+
+
+@pytest.mark.parametrize("odd", [None, [], "text", 5, {}, {"id": 5}, {"id": {"a": [1]}, "input": "x"}, {"id": None,
+                         "input": {"prompt": ["x", 5]}}, {"input": {"prompt": "x", "width": float("nan")}}])
+def test_no_job_makes_the_handler_raise(odd):
+    assert set(handler(odd)) == {"error"}
+    json.dumps(handler(odd))
+
+
+@pytest.mark.parametrize("broken", ["sdworker.handler.note", "sdworker.monitor.gpu_state", "sdworker.monitor._sum_up"])
+def test_neither_log_nor_monitor_keeps_an_answer_back(monkeypatch, broken):
+    def fail(*given, **more):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(broken, fail)
+    assert handler({"id": "one", "input": {}})["error"].startswith("prompt is missing")
