@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from .cache import usable_caches
 from .card import ModelError, Unsuited, fit
@@ -23,15 +24,34 @@ from .files import numbers, weight_files
 from .images import data_uri, pictures_of
 from .imports import import_runpod, without_collector
 from .ledger import LEDGER
-from .load import begin_loading, compile_behind, give_up, initialize_model, make_capsule_behind, model_card
+from sdworker.load import (
+    ENGINE_THREAD,
+    begin_loading,
+    compile_behind,
+    give_up,
+    initialize_model,
+    make_capsule_behind,
+    model_card,
+)
 from .monitor import note, observe, set_up_log
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
 from .weights import prefetch
 
+if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
+    from sdworker.engine import Drawn, Engine
+
 log = logging.getLogger("sdworker")
 
 # %% ../nbs/45_handler.ipynb #cb7bcab5
+def _draw(**arguments: Any) -> "tuple[Engine, Drawn]":
+    "Load, if nothing has, and draw; for the engine's thread."
+    engine = initialize_model()
+    LEDGER.lap("wait for a job")
+    from sdworker.engine import generate
+
+    return engine, generate(engine, **arguments)
+
 def respond(
     given: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
@@ -44,14 +64,11 @@ def respond(
         if max(width, height) > chosen.max_side:
             raise RequestError(f"image is {image.width}x{image.height}, of which {width}x{height} would be drawn: "
                                f"should be at most {chosen.max_side} wide and high; give width and height.")
-    engine = initialize_model()
-    LEDGER.lap("wait for a job")
-    from sdworker.engine import generate
-
     form, coded = (request.image_format or "png", request.image_quality), []
     with ThreadPoolExecutor(2, "encode") as pool:
-        drawn = generate(engine, **request.arguments(), **brought, max_batch=chosen.max_batch,
-                         on_picture=lambda picture: coded.append(pool.submit(data_uri, picture.image, *form)))
+        engine, drawn = ENGINE_THREAD.submit(partial(
+            _draw, **request.arguments(), **brought, max_batch=chosen.max_batch,
+            on_picture=lambda picture: coded.append(pool.submit(data_uri, picture.image, *form)))).result()
         LEDGER.lap("first image")
         with drawn.timings.stage("encode_image"):  # what is left of it when all is drawn
             images = [one.result() for one in coded]
@@ -125,9 +142,13 @@ def _ending(
     return answer
 
 # %% ../nbs/45_handler.ipynb #968a33e5
+def _load_first() -> None:
+    "Wait until the engine's thread has loaded the model; raises `ModelError`."
+    ENGINE_THREAD.submit(partial(initialize_model, warm=True)).result()
+
 def _queue_options() -> dict[str, Any]:
     "What the SDK is given beside the handler in production."
-    begin = {"background": begin_loading, "eager": lambda: initialize_model(warm=True), "lazy": lambda: None}
+    begin = {"background": begin_loading, "eager": _load_first, "lazy": lambda: None}
     begun, options = [], {}
 
     def concurrency(now: int) -> int:
@@ -167,7 +188,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     check = at_start(chosen, 0 if smaller else weights, log.warning) if queue else None
     LEDGER.lap("worker")
     if chosen.load == "eager" and not queue:
-        initialize_model(warm=True)
+        _load_first()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
         sdk, options = import_runpod(chosen.lean), _queue_options() if queue else {"handler": handler}
