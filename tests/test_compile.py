@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -118,3 +119,69 @@ def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name)
     assert len(answer["images"]) == 1
     assert any(f"was made for {name}" in warning for warning in answer["warnings"]), answer["warnings"]
     assert "compiled in" not in shift.log
+
+
+ONE_THREAD = """
+import threading
+import sdworker.handler, sdworker.load
+pipeline_for = sdworker.load.pipeline_for
+
+def drawn(module, call):
+    from torch._inductor import cudagraph_trees as graphs
+    record = id(graphs.get_obj(graphs.local, "tree_manager_containers"))  # of a thread; torch 2.10 raises in another
+    print("graphs", record, flush=True)
+    print("seen", f"batch-{len(call[0])}", threading.get_ident(), flush=True)
+
+def watched(*given, **more):
+    print("seen load", threading.get_ident(), flush=True)
+    engine = pipeline_for(*given, **more)
+    engine.pipe.unet.register_forward_pre_hook(drawn)
+    import torch
+    compiler = torch.compile  # of which the first half, that traces, is enough here
+    torch.compile = lambda module, fullgraph, options: compiler(module, fullgraph=fullgraph, backend="eager")
+    return engine
+sdworker.load.pipeline_for = watched
+sdworker.handler.start()
+"""
+
+
+@pytest.mark.parametrize("load", ["background", "lazy"])
+def test_one_thread_loads_and_compiles_and_draws(load):
+    "A CUDA graph that was recorded in another thread cannot be replayed, and a new size not be recorded."
+    odd = {"id": "odd", "input": {"prompt": [PROMPT] * 3, "guidance_scale": 1.0, "num_inference_steps": 2}}
+    shift = work([sys.executable, "-c", ONE_THREAD], [job("first"), odd, job("last")], {
+        "SDWORKER_COMPILE": "reduce-overhead", "SDWORKER_MAX_BATCH": "3",
+        "SDWORKER_LOAD": load}, limit=500)
+    log = shift.log
+    assert all("output" in answer and answer["output"]["warnings"] == [] for answer in shift.answers.values()), log
+    seen = [line.split()[1:] for line in log.splitlines() if line.startswith("seen")]
+    assert {what for what, _ in seen} == {"load", "batch-2", "batch-3", "batch-4", "batch-6"}
+    assert len({where for _, where in seen}) == 1, seen
+    assert len({line for line in log.splitlines() if line.startswith("graphs")}) == 1
+    assert log.index("compiled in") < log.index("job first:"), "the first job waits for it"
+
+
+CACHED = """
+import logging
+from sdworker.card import EMBEDDED, read_card
+from sdworker.compiling import prepare, use_compile
+from sdworker.whole import FamilyEngine
+logging.basicConfig(level="INFO", format="%(message)s")
+engine = FamilyEngine(read_card(EMBEDDED, "embedded"))
+assert use_compile(engine.pipe, "cached", engine.card, most=1) == ""
+prepare(engine)
+assert engine.pipe.unet.forward.ready and not engine.instead, engine.instead
+"""
+
+
+def test_half_a_library_in_the_cache_is_compiled_anew(cache, tmp_path):
+    "What is left where a compiler was killed: torch has it write in place, and loads whatever is there."
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    short, cut = sorted(tmp_path.rglob("*.main.so"))[:2]
+    os.truncate(short, 20)  # "file too short"
+    os.truncate(cut, 20_000)  # a bus error
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CACHED], text=True, capture_output=True,
+                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stderr.count("is incomplete") == 2 and "compiled in" in done.stderr
+    assert short.stat().st_size > 20 and cut.stat().st_size > 20_000
