@@ -24,7 +24,7 @@ from .failures import device_loss, load_error, memory_is_out
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     from sdworker.whole import FamilyEngine
 
@@ -115,25 +115,26 @@ def add_lora(
     return len(layers)
 
 # %% ../nbs/27d_addons.ipynb #dc0aca49
-def _second_unet(engine: "FamilyEngine") -> torch.nn.Module:
-    "The refiner's denoiser, in the format and on the device of the base's."
+def _second_unet(engine: "FamilyEngine", quantization: Any) -> torch.nn.Module:
+    "The refiner's denoiser, in the format, in as few bits and where the base's is: under offload, on the processor."
     from diffusers import UNet2DConditionModel
 
-    folder = engine.card.folder / "refiner"
+    folder, extra = engine.card.folder / "refiner", {"quantization_config": quantization} if quantization else {}
     try:
         return UNet2DConditionModel.from_pretrained(
             folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
-            variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None).to(engine.device)
+            variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None,
+            **extra).to(engine.pipe.device)
     except Exception as error:
         raise load_error(engine.card, engine.device, engine.dtype, error, folder) from error
 
 # %% ../nbs/27d_addons.ipynb #63f5b15f
 class Refiner:
     "Draws with an engine's base model, and with the refiner from some share of the noise on."
-    def __init__(self, engine: "FamilyEngine"):
+    def __init__(self, engine: "FamilyEngine", quantization: Any = None):  # of its denoiser, as the base's
         from diffusers import StableDiffusionXLImg2ImgPipeline
 
-        self.base, unet = engine.pipe, _second_unet(engine)
+        self.base, unet = engine.pipe, _second_unet(engine, quantization)
         self.pipe = StableDiffusionXLImg2ImgPipeline(
             vae=self.base.vae, text_encoder=None, tokenizer=None, text_encoder_2=self.base.text_encoder_2,
             tokenizer_2=self.base.tokenizer_2, unet=unet, scheduler=self.base.scheduler,
@@ -166,16 +167,16 @@ class Refiner:
 def use_addons(
     engine: "FamilyEngine",
     scale: float = 1.0,  # of all LoRAs
-    fewer_bits: bool = False,  # whether weights are quantized
+    quantization: "PipelineQuantizationConfig | None" = None,  # of the base; see `quantize`
 ) -> str:  # for the answer's "warnings"; empty: all of it is used
     "Have what is baked beside a model take part; raises `ModelError`."
     folder, said = engine.card.folder, ""
     if files := sorted((folder / "loras").glob("*.safetensors")):
-        if fewer_bits:
+        if quantization:
             said = "The LoRAs are not added, since SDWORKER_QUANTIZE is on; set it to off for them."
         else:
             for path in files:
                 log.info("LoRA %s: %d layers, scale %g", path.name, add_lora(engine.pipe, path, scale), scale)
     if (folder / "refiner").is_dir():
-        engine.refine = Refiner(engine)
+        engine.refine = Refiner(engine, quantization and quantization.quant_mapping.get("unet"))
     return said

@@ -85,13 +85,14 @@ def pipeline_for(
     engine.device = device
     use_preset(engine.pipe, preset_of(card, chosen.preset))
     light = bool(fewer) and card.denoiser in fewer.quant_mapping
-    words = [said, use_addons(engine, chosen.lora_scale, bool(fewer)), use_step_cache(engine, chosen.step_cache),
+    words = [said, use_addons(engine, chosen.lora_scale, fewer), use_step_cache(engine, chosen.step_cache),
              use_compile(engine.pipe, chosen.compile, card, device, dtype, chosen.offload,
                          _in_its_way(chosen, light), chosen.max_batch), _unknown_preset(chosen, card)]
-    for pipe in (engine.pipe, *([engine.refine.pipe] if engine.refine else [])):
-        offload = chosen.offload if pipe is engine.pipe else "none"
+    if engine.refine and chosen.compile != "off":
+        words.append(f"SDWORKER_COMPILE is {chosen.compile!r}, which is not used for the refiner.")
+    for pipe in (*([engine.refine.pipe] if engine.refine else []), engine.pipe):
         words += [use_attention(pipe, chosen.attention, device, dtype),
-                  use_memory(pipe, chosen.vae, offload, chosen.channels_last, device)]
+                  use_memory(pipe, chosen.vae, chosen.offload, chosen.channels_last, device)]
     engine.instead = " ".join(dict.fromkeys(filter(None, words)))
     return engine
 

@@ -189,6 +189,8 @@ class FamilyEngine(PipelineEngine):
         return super().pick(shape, images)
 
     def encode(self, shots, shape):
+        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # the last to hook shared parts counts
+            pipe.maybe_free_model_hooks()  # under offload: what a decode or a job that failed has left on the card
         return super().encode(shots, shape) if self._apart(shape) else {}
 
     def denoise(self, encoded, shots, shape, on_step=None):

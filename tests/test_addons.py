@@ -1,9 +1,15 @@
 """Weights in fewer bits, LoRAs, a refiner and a step cache, through the handler of a worker."""
 
+import json
+
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
+from diffusers import DiffusionPipeline
 from handled import handled, pixels
+from PIL import Image
 from safetensors.torch import save_file
 
 from sdworker.addons import add_lora
@@ -108,3 +114,78 @@ def test_a_refiner_has_the_switches_of_its_base(tmp_path):
     for unet in (engine.pipe.unet, engine.refine.pipe.unet):
         assert {type(one).__name__ for one in unet.attn_processors.values()} == {"SlicedAttnProcessor"}
         assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """An engine as for a card, whose hooks move weights from the processor to the processor."""
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        enable = getattr(DiffusionPipeline, name)
+        monkeypatch.setattr(DiffusionPipeline, name, lambda pipe, device, enable=enable: enable(pipe, device="cpu"))
+    by_layer = accelerate.cpu_offload  # which takes diffusers' "cpu:0" for another device than "cpu"
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, _, **more: by_layer(model, "cpu", **more))
+    return lambda card, dtype="float32", **settings: pipeline_for(defaults(**settings), card, "cuda", dtype)
+
+
+@pytest.fixture
+def on_card(monkeypatch):
+    """The networks that hooks have on the card at each call of one, by the hooks' own rule."""
+    now, moments = [], []
+
+    def comes(hook, network, *given, **named):
+        leaves = hook.prev_module_hook and hook.prev_module_hook.model
+        now[:] = [one for one in now if one is not leaves and one is not network] + [network]
+        moments.append(list(now))
+        return given, named
+
+    def goes(hook, network):
+        now[:] = [one for one in now if one is not network]
+        return network
+    monkeypatch.setattr(CpuOffload, "pre_forward", comes)
+    monkeypatch.setattr(CpuOffload, "init_hook", goes)
+    return moments
+
+
+def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tmp_path, offloaded, on_card):
+    engine = offloaded(read_card(with_refiner(tmp_path / "model")), offload="model")
+    assert engine.instead == ""
+
+    def stop(done, total):
+        raise KeyError("stopped")
+    for on_step in (None, stop, None):
+        try:
+            generate(engine, "a red star", seed=7, steps=10, on_step=on_step)
+        except KeyError:
+            assert on_step
+    drawn = {id(network) for moment in on_card for network in moment}
+    assert {id(engine.pipe.unet), id(engine.refine.pipe.unet), id(engine.pipe.vae)} < drawn
+    texts = {id(engine.pipe.text_encoder), id(engine.pipe.text_encoder_2)}  # which diffusers has there together
+    together = [moment for moment in on_card if len(moment) > 1 and not set(map(id, moment)) <= texts]
+    assert not together, "two at a time are what a small card has no room for"
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_tiles(tmp_path, offloaded, offload):
+    folder = with_refiner(tmp_path / "model")
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))  # as SDXL's own
+    card, dtype = read_card(folder), "float16"
+    whole = pipeline_for(defaults(vae="tiled"), card, dtype=dtype)
+    moved = offloaded(card, dtype, vae="tiled", offload=offload)
+    picture = Image.new("RGB", (64, 64), "red")
+    for asked in ({}, {"image": picture}, {"image": picture, "mask": Image.new("L", (64, 64), 255)}, {"n": 2}):
+        usual, same = (generate(engine, "a red star", seed=7, steps=10, **asked).pictures for engine in (whole, moved))
+        assert all(psnr(one.image, other.image) > 50 for one, other in zip(usual, same, strict=True)), asked
+        assert moved.pipe.vae.dtype == torch.float32, "half precision overflows there"
+    networks = (moved.pipe.unet, moved.refine.pipe.unet, moved.pipe.vae)
+    assert all(network._hf_hook for network in networks)
+    assert all(weight.is_meta == (offload == "sequential") for network in networks for weight in network.parameters())
+
+
+def test_a_refiner_has_as_few_bits_as_its_base_and_is_not_compiled(tmp_path):
+    card = read_card(with_refiner(tmp_path / "model"))
+    engine = pipeline_for(defaults(quantize="int8"), card)
+    base, refiner = (type(one.pipe.unet.mid_block.attentions[0].proj_in.weight) for one in (engine, engine.refine))
+    assert base is refiner is not torch.nn.Parameter and engine.instead == ""
+    assert generate(engine, "a red star", seed=7, steps=10).warnings == []
+    assert "not used for the refiner" in pipeline_for(defaults(compile="regional"), card).instead
