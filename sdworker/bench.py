@@ -34,11 +34,12 @@ from PIL import Image
 from .card import EMBEDDED, ModelCard, ModelError, read_card
 from .compiling import fill_cache
 from .embedded import adherence, pairs
-from .engine import Drawn, Engine, Shape, Shot, as_bytes, bare_components, generate, memory_is_out
+from .engine import Drawn, Engine, as_bytes, denoiser_of, generate
+from .failures import memory_is_out
 from .files import write_file
 from .images import encode
 from .measure import between, compare, machine, mark, psnr, timed, write_result
-from .memory import SPARE, Way, bytes_of, needed, peak_bytes
+from .memory import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from .profiles import PROFILES, SWITCHES, Switch, defaults, pipeline_for
 from .proof import sdxl_sized
 from .quality import draw_pairs, held, switched
@@ -397,7 +398,7 @@ class _Bed:
     @lru_cache(maxsize=1)  # noqa: B019
     def parts(self) -> dict[str, torch.nn.Module]:
         "The components without their numbers."
-        return {name: part.to(getattr(torch, self.plain().dtype)) for name, part in bare_components(self.card).items()}
+        return meta_components(self.card, self.plain().dtype)
 
     def peak(self, build: Callable[[], Engine], n: int, request: Mapping[str, Any]) -> tuple[Engine, float | None]:
         "Load, draw, and the bytes that this took on the GPU beyond those before; None if the batch was halved."
@@ -434,23 +435,32 @@ def _memory(bed: _Bed) -> dict[str, Any]:
         _, peak = bed.peak(lambda: switched(Switch({"vae": way.vae}), bed.card, bed.device), way.batch,  # noqa: B023
                            {"steps": 1})
         found[f"{way.batch} at once, VAE {way.vae}"] = {
-            "computed": needed(bed.parts(), way, side, side), "measured": peak or "not measured"}
+            "computed": needed(bed.parts(), way, side, side, edits=bed.card.family.edits),
+            "measured": peak or "not measured"}
     return found
 
+def _step_calls(bed: _Bed) -> list[Callable[[], Any]]:
+    "The calls of the denoiser in one step with guidance, as the pipeline makes them."
+    calls, denoiser = [], denoiser_of(bed.plain().pipe)
+    hook = denoiser.register_forward_pre_hook(lambda part, args, named: calls.append(partial(part, *args, **named)),
+                                              with_kwargs=True)
+    try:
+        generate(bed.plain(), PROMPT, seed=1, **bed.both | {"steps": 1, "guidance": 7.0})
+    finally:
+        hook.remove()
+    return calls
+
+@torch.no_grad()
 def _roofline(bed: _Bed) -> dict[str, float]:
-    "A denoising step with guidance: operations, seconds, and the share of a large matrix product's rate."
-    plain, side = bed.plain(), bed.both["width"]
-    shape, shots = Shape(side, side, bed.both["steps"], 7.0), [Shot(PROMPT, 1)]
-    encoded = plain.encode(shots, shape)
-    took = timed(lambda: _done(plain.denoise(encoded, shots, shape)), bed.turns)["median"] / shape.steps
-    unet, told = bed.parts()["unet"], {name: encoded[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-    text, pooled = (torch.empty(2, *tensor.shape[1:], device="meta", dtype=tensor.dtype) for tensor in told.values())
-    scale = plain.pipe.vae_scale_factor
-    flops = operations(lambda: unet(
-        torch.empty(2, unet.config.in_channels, side // scale, side // scale, device="meta", dtype=text.dtype),
-        torch.ones((), device="meta"), text, added_cond_kwargs={
-            "text_embeds": pooled, "time_ids": torch.empty(2, 6, device="meta", dtype=text.dtype)}))
-    rate = matmul_rate(bed.device, getattr(torch, plain.dtype), 4096 if bed.device == "cuda" else 1024)
+    "The denoiser's calls of a step: operations, seconds, and the share of a large matrix product's rate."
+    calls, weight = _step_calls(bed), next(denoiser_of(bed.plain().pipe).parameters())
+
+    def step() -> None:
+        for call in calls:
+            call()
+        _done(weight)
+    flops, took = operations(step), timed(step, bed.turns)["median"]
+    rate = matmul_rate(bed.device, getattr(torch, bed.plain().dtype), 4096 if bed.device == "cuda" else 1024)
     return {"operations": flops, "seconds": took, "rate": flops / took, "matmul_rate": rate,
             "share": flops / took / rate}
 

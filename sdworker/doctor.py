@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from .cache import capsule_places, capsules_in, usable_caches
 from .card import ModelError
+from .families import UNKNOWN
 from .fitness import own_checks
 from .imports import uncompiled
 from .load import model_card
@@ -175,11 +176,17 @@ def attention(chosen: Settings) -> Finding:
     "Whether the chosen attention is what draws."
     if chosen.attention == "sdpa":
         return well("attention", "PyTorch's own, which is what was measured to be best.")
-    from sdworker.attention import BACKENDS, probe
+    from sdworker.attention import unfit
     from sdworker.load import place
+    from sdworker.memory import NotComputed, meta_components
 
-    reasons = [reason for name in chosen.attention.split("+") if name in BACKENDS and (reason := probe(
-        name, *place(chosen)))]
+    card = model_card()
+    where = place(chosen, card.family.half)
+    try:
+        denoiser = meta_components(card, where[1])[card.denoiser]
+    except NotComputed as error:
+        return well("attention", f"not looked at for this family: {error}.")
+    reasons = [reason for name in chosen.attention.split("+") if (reason := unfit(denoiser, name, *where))]
     if reasons:
         return Finding("attention", "warn", f"SDWORKER_ATTENTION is {chosen.attention!r}, not used: {reasons[0]}.",
                        "Leave it out: PyTorch's own attention does what xformers was needed for.")
@@ -189,25 +196,31 @@ def attention(chosen: Settings) -> Finding:
 
 # %% ../nbs/44_doctor.ipynb #145c42bb
 def memory(chosen: Settings) -> Finding:
-    "Free memory of the GPU, against the largest call that the settings allow."
+    "Free memory of the GPU, against a full batch of the model's own size."
     card = gpu()
     if not card:
         return well("memory", "there is no GPU to fill.")
-    from sdworker.engine import bare_components
-    from sdworker.memory import SPARE, Way, needed, plan
+    from sdworker.memory import SPARE, NotComputed, Way, meta_components, needed, plan
 
     model, free = model_card(), f"{card['free'] / 1e9:.2f} GB are free"
-    parts = {name: part.half() for name, part in bare_components(model).items()}
-    takes = needed(parts, Way(chosen.max_batch, chosen.vae, chosen.offload), model.side, model.side) + SPARE
+    family, batch, side = model.family, min(chosen.max_batch, model.family.batch), model.side
+    try:
+        if family is UNKNOWN:
+            raise NotComputed(f"{model.pipeline} is not in the table of families")
+        parts = meta_components(model, family.half if chosen.dtype == "auto" else chosen.dtype)
+        takes = needed(parts, Way(batch, chosen.vae, chosen.offload), side, side, edits=family.edits) + SPARE
+        if takes > card["free"]:
+            planned = plan(parts, batch, side, side, card["free"], edits=family.edits)
+    except NotComputed as error:
+        return well("memory", f"not computed for this family: {error}; {free}.")
     if takes <= card["free"]:
-        return well("memory", f"{chosen.max_batch} image(s) at once take {takes / 1e9:.2f} GB, {free}.")
-    planned = plan(parts, chosen.max_batch, model.side, model.side, card["free"])
+        return well("memory", f"{batch} image(s) at once take {takes / 1e9:.2f} GB, {free}.")
     if not planned.fits:
         least = f"{(planned.needs + SPARE) / 1e9:.2f} GB"
         return Finding("memory", "fail", f"{model.name} takes {least} at the least, {free}.",
                        "Choose a card with more memory, or see what else runs on this one.")
     way = planned.way
-    return Finding("memory", "warn", f"{chosen.max_batch} image(s) at once take {takes / 1e9:.2f} GB, {free}.",
+    return Finding("memory", "warn", f"{batch} image(s) at once take {takes / 1e9:.2f} GB, {free}.",
                    f"SDWORKER_MAX_BATCH={way.batch} SDWORKER_VAE={way.vae} SDWORKER_OFFLOAD={way.offload} fits.")
 
 # %% ../nbs/44_doctor.ipynb #47be4e3d
@@ -236,11 +249,11 @@ def capsule(chosen: Settings) -> Finding:
 
     if chosen.engine == "pipeline":
         return well("capsule", "not wanted: SDWORKER_ENGINE is 'pipeline'.")
-    if not model_card().family.compiles:
+    card, places = model_card(), capsule_places(chosen)
+    if not card.family.compiles:
         return well("capsule", "there are none for this family of models.")
-    places = capsule_places(chosen)
-    here = (*place(chosen), places, chosen.quantize)
-    found, reason = find_capsule(model_card(), *here) if capsules_in(places) else (None, "")
+    here = (*place(chosen, card.family.half), places, chosen.quantize)
+    found, reason = find_capsule(card, *here) if capsules_in(places) else (None, "")
     if found:
         return well("capsule", f"{found} fits.")
     return Finding("capsule", "fail" if chosen.engine == "capsule" else "warn", f"{reason or 'there is none'}.",

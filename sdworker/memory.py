@@ -8,7 +8,6 @@ __all__ = ['log', 'PICTURE', 'PICTURE_TOKENS', 'Blank', 'DENOISERS', 'SPARE', 'p
            'plan', 'use_memory']
 
 # %% ../nbs/23_memory.ipynb #0e5d743a
-import gc
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,6 @@ def peak_bytes(
     call: Callable[[], Any],  # runs a network, on meta tensors or real ones
 ) -> int:  # bytes
     "The largest moment of a call: what it has made and still holds, beyond what it was given."
-    gc.collect()
     with torch.no_grad(), patch("torch.nn.functional.scaled_dot_product_attention", _fused), _Living() as living:
         call()
     return living.most
@@ -197,7 +195,8 @@ def _vae_call(vae: Any, call: Call, how: str) -> Callable[[], Any]:
 
 def _scale(vae: Any) -> int:
     "Pixels of a latent, across and down."
-    return 2 ** (len(vae.config.temperal_downsample) if "z_dim" in vae.config else len(vae.config.block_out_channels) - 1)
+    config = vae.config
+    return 2 ** (len(config.temperal_downsample) if "z_dim" in config else len(config.block_out_channels) - 1)
 
 # %% ../nbs/23_memory.ipynb #55300e33
 @lru_cache(maxsize=256)  # a plan asks for the same again

@@ -13,7 +13,9 @@ import pytest
 
 from sdworker.bake import bake, set_writable
 from sdworker.card import EMBEDDED
+from sdworker.families import FAMILIES
 from sdworker.loopback import work
+from sdworker.miniatures import MINIATURES, miniature
 from sdworker.modelhub import Hub
 
 OURS = [sys.executable, "-m", "sdworker.cli", "start"]
@@ -84,6 +86,52 @@ def test_a_planted_fault_is_found(fault, tmp_path):
     code, findings = call(plant, tmp_path, **variables)
     assert findings[name]["state"] == state and said in findings[name]["found"], findings[name]
     assert findings[name]["remedy"] and code == (1 if state == "fail" else 0)
+
+
+FINDINGS = """
+import json, sys, torch
+from sdworker import doctor
+from sdworker.settings import settings
+torch.cuda.is_available = lambda: {cuda}
+asked = []
+import sdworker.capsule
+sdworker.capsule.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
+doctor.capsules_in = lambda places: True
+looks = {{name: vars(doctor.look(getattr(doctor, name), settings())) for name in ("memory", "attention", "capsule")}}
+print(json.dumps([looks, asked]))
+"""
+
+
+def look(folder: Path, cuda: bool, **variables: str) -> tuple[dict[str, dict], list[list[str]]]:
+    """Findings that depend on the family, with a card of 24 GB, and where a capsule was looked for."""
+    code = CARD.format(cuda=12080, free=20e9, capability=(8, 9)) + FINDINGS.format(cuda=cuda)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, **HERE, "SDWORKER_MODEL": str(folder), **variables})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *MINIATURES])
+def test_every_family_is_looked_at(pipeline, tmp_path):
+    folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
+    findings, asked = look(folder, cuda=True, SDWORKER_ATTENTION="sliced", SDWORKER_MAX_BATCH="2")
+    family = FAMILIES.get(pipeline)
+    batch = min(2, family.batch) if family else 0
+    found = f"{batch} image(s) at once take 1.0" if family else f"not computed for this family: {pipeline} is not in"
+    assert findings["memory"]["state"] == "pass" and findings["memory"]["found"].startswith(found)
+    assert asked == ([["cuda", family.half]] if family and family.compiles else [])
+    sliceable = "works" if pipeline.startswith(("Stable", "Latent")) and "3" not in pipeline else "cannot be sliced"
+    assert sliceable in findings["attention"]["found"]
+    assert "anew" not in json.dumps(findings)
+
+
+def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
+    folder = miniature("FluxPipeline", tmp_path / "tiny")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("FluxTransformer2DModel", "NoSuchModel"))
+    findings, _ = look(folder, cuda=False, SDWORKER_ATTENTION="math")
+    assert "not computed for this family: " in findings["memory"]["found"]
+    assert {findings[name]["state"] for name in ("memory", "attention")} == {"pass"}
+    assert all("wants NoSuchModel, which neither" in findings[name]["found"] for name in ("memory", "attention"))
 
 
 def test_a_byte_that_has_changed_is_found(tmp_path):
