@@ -89,9 +89,12 @@ def test_a_planted_fault_is_found(fault, tmp_path):
 
 
 FINDINGS = """
-import json, sys, torch
+import contextlib, json, sys, torch
 from sdworker import doctor
+from sdworker.memory import NotComputed, meta_components
 from sdworker.settings import settings
+with contextlib.suppress(NotComputed):
+    meta_components(doctor.model_card(), "float32")  # diffusers asks a real card questions when it is imported
 torch.cuda.is_available = lambda: {cuda}
 asked = []
 import sdworker.capsule
