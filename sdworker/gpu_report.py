@@ -37,7 +37,7 @@ class Setup:
     dry: bool = False  # on a processor and in small
     out: Path = Path("out/gpu")  # records and pictures of this call
     state: Path = Path(".gpu/state")  # records of earlier calls, on this machine or another
-    scratch: Path = Path(tempfile.gettempdir(), "sdworker-gpu")  # weights, compiled code and caches, kept between calls on one machine
+    scratch: Path = Path(tempfile.gettempdir(), "sdworker-gpu")  # kept between calls: weights, caches
     seconds: float = 500.0  # after these no part is begun
     begun: float = field(default_factory=time.time)  # seconds since the epoch
 
