@@ -88,9 +88,10 @@ def cached(
 
 # %% ../nbs/92_coldstart.ipynb #57e1fc76
 def libraries() -> list[Path]:
-    "Every file of this environment's packages."
+    "Every file of this environment's packages, also in folders that are links."
     roots = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    return [Path(folder, name) for root in roots for folder, _, names in os.walk(root) for name in names]
+    return [Path(folder, name) for root in roots for folder, _, names in os.walk(root, followlinks=True)
+            for name in names]
 
 # %% ../nbs/92_coldstart.ipynb #c85274e2
 def start_once(
