@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'RESIDENT', 'naive_with_ledger', 'starts', 'plot_starts', 'per_image', 'same_pictures', 'both_in_memory',
-           'baked', 'wide_shapes', 'main']
+           'baked', 'wide_shapes', 'against_pipeline', 'main']
 
 # %% ../nbs/95_compiled.ipynb #7feccab2
 import json
@@ -230,55 +230,62 @@ def wide_shapes() -> dict[str, Any]:
 
 # %% ../nbs/95_compiled.ipynb #fcb85975
 def _suite(
-    scratch: Path,  # folder with room for the model: 8 GB with SDXL's shapes
-    device: str,  # "cpu" or "cuda"
-    shapes: Mapping[str, Any] | None = None,  # modules by component; default: SDXL's
-    side: int = 1024,  # pixels
-    steps: int = 20,  # of the images that are timed
+    scratch: Path,  # folder with room for the model
+    shapes: Mapping[str, Any],  # modules by component
+    side: int,  # pixels
+    steps: int,  # of the images that are timed
     repeat: int = 3,  # starts of each worker, and turns of each engine
     compiler: str = "inductor",  # back end of torch.compile
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
-) -> dict[str, Any]:  # "bake", "starts", "images", "compile", and on a processor "memory"
+) -> dict[str, Any]:  # "bake", "starts", "memory", "images", "compile"
     "Bake and run the capsule of a model with random weights, against the pipeline and `torch.compile`."
     model, capsules = scratch / "model", scratch / "capsules"
     sdxl_sized(model, shapes)
     tell(0, 4, "baking")
-    made = baked(model, capsules, device)
+    made = baked(model, capsules)
     folder = Path(made.pop("folder"))  # a record names no place on the machine
-    report: dict[str, Any] = {"device": device, "side": side, "steps": steps, "bake": made}
+    report: dict[str, Any] = {"device": "cpu", "side": side, "steps": steps, "bake": made}
     tell(1, 4, "starting workers")
-    report["starts"] = starts(str(model), capsules, repeat, side, steps, {"SDWORKER_DEVICE": device})
+    report["starts"] = starts(str(model), capsules, repeat, side, steps, {"SDWORKER_DEVICE": "cpu"})
     tell(2, 4, "memory")
-    report["memory"] = both_in_memory(model, folder) if device == "cpu" else "not measured"
+    report["memory"] = both_in_memory(model, folder)
     tell(3, 4, "images")
-    return report | _against_compile(model, folder, device, side, steps, repeat, compiler)
+    report["images"] = against_pipeline(model, folder, "cpu", side, steps, repeat)["images"]
+    return report | {"compile": against_pipeline(model, folder, "cpu", side, steps, repeat, compiler, (1,))}
 
 # %% ../nbs/95_compiled.ipynb #4a33854b
-def _against_compile(model: Path, folder: Path, device: str, side: int, steps: int, repeat: int, compiler: str,
-                     ) -> dict[str, Any]:
-    "Time images against the pipeline as it is, and compiled in the process."
+def against_pipeline(
+    model: Path,  # its folder
+    capsule: Path,  # its capsule's folder
+    device: str,  # "cpu" or "cuda"
+    side: int,  # pixels
+    steps: int,
+    repeat: int = 5,  # turns
+    compiler: str = "",  # back end of `torch.compile` for the pipeline's denoiser; empty: as it is
+    batches: tuple[int, ...] = (1, 4),  # images in one call
+) -> dict[str, Any]:  # "images", see `per_image`; with a compiler also "backend" and "first_call" (seconds)
+    "Time the capsule's images against the pipeline's, both loaded in this process."
     import torch
 
     from sdworker.capsule import CapsuleEngine
     from sdworker.engine import PipelineEngine, Shape, Shot
 
     card, shape, shots = read_card(model), Shape(side, side, steps, 3.0), [Shot("a star", 1)]
-    capsule = CapsuleEngine(card, folder, device)
-    pipeline = PipelineEngine(card, device, capsule.dtype)
-    found: dict[str, Any] = {"images": per_image(capsule, pipeline, shape, (1, 4), repeat)}
-    pipeline.pipe.unet = torch.compile(pipeline.pipe.unet, backend=compiler, dynamic=False)
-    begin = time.perf_counter()
-    pipeline.denoise(pipeline.encode(shots, shape), shots, shape).cpu()
-    found["compile"] = {"backend": compiler, "first_call": time.perf_counter() - begin}
-    return found | {"compile": found["compile"] | {"images": per_image(capsule, pipeline, shape, (1,), repeat)}}
+    ours, compiled = CapsuleEngine(card, capsule, device), {}
+    pipeline = PipelineEngine(card, device, ours.dtype)
+    if compiler:
+        pipeline.pipe.unet = torch.compile(pipeline.pipe.unet, backend=compiler, dynamic=False)
+        begin = time.perf_counter()
+        pipeline.denoise(pipeline.encode(shots, shape), shots, shape).cpu()
+        compiled = {"backend": compiler, "first_call": time.perf_counter() - begin}
+    return compiled | {"images": per_image(ours, pipeline, shape, batches, repeat)}
 
 # %% ../nbs/95_compiled.ipynb #67b85848
 def main(
-    device: Annotated[str, typer.Option(help="cuda: SDXL's true shapes on a GPU; cpu: the embedded model.")] = "cpu",
-    tiny: Annotated[bool, typer.Option("--tiny", help="What is done for a GPU, in small, on a processor.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The model of random weights alone, in small.")] = False,
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Starts of each worker.")] = 7,
     record: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results"),
-    scratch: Annotated[Path, typer.Option(help="Folder on a disk with 8 GB free.")] = Path("out"),
+    scratch: Annotated[Path, typer.Option(help="Folder on a disk with 1 GB free.")] = Path("out"),
 ):
     "Compare capsule, pipeline and usual worker, and record it: half an hour on two cores."
     from rich.progress import Progress
@@ -289,14 +296,11 @@ def main(
         def tell(done, total, doing):
             progress.update(task, completed=done, total=total, description=doing)
         if tiny:
-            report = _suite(Path(made), "cpu", wide_shapes(), 32, 2, 1, "eager", tell)
+            report = _suite(Path(made), wide_shapes(), 32, 2, 1, "eager", tell)
             write_result(record / "capsule-tiny.json", report, "python -m sdworker.compiled --tiny")
-        elif device == "cuda":
-            write_result(record / "capsule-cuda.json", _suite(Path(made), device, tell=tell),
-                         "python -m sdworker.compiled --device cuda: SDXL's shapes, random weights, 20 steps of Euler")
         else:
             report = _embedded(Path(made), repeat, tell)
-            report["wide"] = _suite(Path(made), "cpu", wide_shapes(), side=64, steps=4, tell=tell)
+            report["wide"] = _suite(Path(made), wide_shapes(), side=64, steps=4, tell=tell)
             write_result(record / "capsule.json", report, "python -m sdworker.compiled: from exec to the first answer "
                          "at the queue, all files cold; 20 steps of Euler with guidance; everything in turn")
 

@@ -259,7 +259,7 @@ def test_a_hundred_pairs_are_drawn_the_same(capsule):
 
 @pytest.mark.timeout(1200)
 def test_a_model_of_five_hundred_megabytes_is_held_once(tmp_path):
-    """The suite for a GPU, in small, on a processor."""
+    """The suite for a model of random weights, in small."""
     subprocess.run([sys.executable, "-m", "sdworker.compiled", "--tiny", "--record", tmp_path, "--scratch", tmp_path],
                    check=True, capture_output=True)
     report = json.loads((tmp_path / "capsule-tiny.json").read_text())
