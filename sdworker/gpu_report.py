@@ -7,6 +7,7 @@ __all__ = ['FACTS', 'QUERY', 'TRIES', 'Setup', 'TimeLimit', 'time_limit', 'Ended
            'Report', 'short', 'device_seconds', 'matmul_rates', 'copy_rates', 'sdxl_folder']
 
 # %% ../nbs/97a_gpu_report.ipynb #97a00003
+import functools
 import json
 import math
 import os
@@ -128,6 +129,7 @@ print(json.dumps(facts))
 """
 QUERY = "driver_version,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.limit,pstate"
 
+@functools.cache
 def gpu_facts() -> dict[str, Any]:  # "name" and "torch" at least; without a GPU the processor's name
     "The GPU, its driver and clocks, and torch."
     facts = {"name": processor_name() or platform.machine()} | run_script(FACTS, 120)
@@ -149,6 +151,8 @@ class _Record:
     ):
         self.setup, self.path, self.only = setup, setup.out / f"{name}.json", tuple(only)
         self.gpu = gpu_facts()
+        for folder in (setup.out, setup.scratch):
+            folder.mkdir(parents=True, exist_ok=True)
         self.parts = next(filter(None, map(self._earlier, (setup.out, setup.state))), {})
 
     def _earlier(self, folder: Path) -> dict[str, Any]:
@@ -166,6 +170,15 @@ class _Record:
     def failed(self) -> list[str]:
         "Names of the parts that failed."
         return [name for name, part in self.parts.items() if "error" in part]
+
+# %% ../nbs/97a_gpu_report.ipynb #97a00042
+def _gpu_is_lost() -> bool:
+    "Whether torch can do nothing more on the GPU in this process, as after a failed assertion in a kernel."
+    torch = sys.modules.get("torch")
+    try:
+        return bool(torch and torch.cuda.is_initialized() and torch.cuda.synchronize())
+    except RuntimeError:
+        return True
 
 # %% ../nbs/97a_gpu_report.ipynb #97a00022
 class Report(_Record):
@@ -199,6 +212,8 @@ class Report(_Record):
         self.parts[name] = {"seconds": round(time.perf_counter() - begun, 2)} | entry
         self.write()
         print(f"---- {name}: {self.parts[name]['seconds']:.1f} s, {short(entry.get('result', entry.get('error')))}")
+        if "error" in entry and _gpu_is_lost():
+            raise SystemExit("the GPU is lost to this process; call the stage again, it goes on with the next part")
         return entry.get("result")
 
 # %% ../nbs/97a_gpu_report.ipynb #97a00039
@@ -283,7 +298,6 @@ def sdxl_folder(
     folder, making = setup.scratch / "sdxl", setup.scratch / "sdxl.making"
     if not folder.exists():
         shutil.rmtree(making, ignore_errors=True)
-        setup.scratch.mkdir(parents=True, exist_ok=True)
         run_script("import sys; from pathlib import Path; from sdworker.proof import sdxl_sized; "
                    "sdxl_sized(Path(sys.argv[1])); print('{}')", 150, str(making))
         making.rename(folder)
