@@ -347,12 +347,17 @@ def headline(
     return report
 
 # %% ../nbs/97c_gpu_headline.ipynb #97c00045
+def _reason(error: str) -> str:
+    "The first and the last line of an error: what lies between names files of one machine."
+    lines = error.split(" | ")
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+
 def write_headline(
     report: Report,
 ) -> dict[str, Any]:  # what was written
     "Write what a stage has so far in the form that `headline_table` reads."
     results = {name: part["result"] for name, part in report.parts.items() if "result" in part}
-    failed = {name: part["error"] for name, part in report.parts.items() if "error" in part}
+    failed = {name: _reason(part["error"]) for name, part in report.parts.items() if "error" in part}
     file = report.setup.out / f"headline-{'dry' if report.setup.dry else 'gpu'}.json"
     return write_result(file, {
         "gpu": report.gpu, "dry": report.setup.dry, "request": image_request(report.setup.dry),
@@ -404,7 +409,7 @@ def headline_table(
     lines = [f"{machine_of(record)}:", "", "| way | s | times eager's speed | ms a step | of a matrix product | ms to "
              "decode | GB | s to load and draw the first | dB, latents | dB, picture |", "|---|" + "--:|" * 9,
              *(_way_row(record, way) for way in ways)]
-    lines += [f"| {way} | failed: {error.splitlines()[-1][-200:].replace('|', '/')} |" + " |" * 8
+    lines += [f"| {way} | failed: {error.replace('|', '/')} |" + " |" * 8
               for way, error in record["failed"].items() if way in WAYS]
     lines += ["", "Published: " + "; ".join(f"[{name}]({link}) {seconds:.2f} s"
                                             for name, (seconds, link) in PUBLISHED.items()) + "."]
