@@ -476,6 +476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sdworker.gpu_headline._bound': ('gpu_headline.html#_bound', 'sdworker/gpu_headline.py'),
                                        'sdworker.gpu_headline._compiler': ('gpu_headline.html#_compiler', 'sdworker/gpu_headline.py'),
                                        'sdworker.gpu_headline._large': ('gpu_headline.html#_large', 'sdworker/gpu_headline.py'),
+                                       'sdworker.gpu_headline._measure': ('gpu_headline.html#_measure', 'sdworker/gpu_headline.py'),
                                        'sdworker.gpu_headline._peak': ('gpu_headline.html#_peak', 'sdworker/gpu_headline.py'),
                                        'sdworker.gpu_headline._reason': ('gpu_headline.html#_reason', 'sdworker/gpu_headline.py'),
                                        'sdworker.gpu_headline._way_row': ('gpu_headline.html#_way_row', 'sdworker/gpu_headline.py'),

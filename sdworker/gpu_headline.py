@@ -333,18 +333,24 @@ def headline(
     aot: Path | None = None,  # folder of SDXL's engine that was compiled ahead of time; None: that way is left out
 ) -> Report:
     "Measure all ways, as far as there is time; the record goes to `headline-gpu.json`, dry to `headline-dry.json`."
-    report, request = Report(setup, "headline", only), image_request(setup.dry)
-    model = sdxl_folder(setup)
+    report, model = Report(setup, "headline", only), sdxl_folder(setup)
+    try:
+        _measure(report, model, aot)
+    finally:  # also if the stage is interrupted
+        write_headline(report)
+    return report
+
+def _measure(report: Report, model: Path, aot: Path | None) -> None:
+    "Run all parts of the stage."
+    setup, request = report.setup, image_request(report.setup.dry)
     report.part("rates", lambda: matmul_rates(setup.device, *((256, 2) if setup.dry else ())), most=60)
     report.part("operations", lambda: image_operations(model, request["width"], request["steps"]), most=60)
-    ways = [way for way in WAYS if way != AOT or aot]
-    for way in (way for way in ways if WAYS[way] < 100):
-        report.part(way, partial(way_in_process, way, setup, aot), WAYS[way])
-    report.part("jobs", lambda: job_overhead(setup, min(80, setup.seconds_left())), 50)
-    for way in (way for way in ways if WAYS[way] >= 100):
-        report.part(way, partial(way_in_process, way, setup, aot), WAYS[way])
-    write_headline(report)
-    return report
+    quick = [way for way, needs in WAYS.items() if needs < 100]
+    for name in [*quick, "jobs", *(way for way in WAYS if way not in quick)]:
+        if name == "jobs":
+            report.part(name, lambda: job_overhead(setup, min(80, setup.seconds_left())), 5 if setup.dry else 50)
+        elif name != AOT or aot:
+            report.part(name, partial(way_in_process, name, setup, aot), 5 if setup.dry else WAYS[name])
 
 # %% ../nbs/97c_gpu_headline.ipynb #97c00045
 def _reason(error: str) -> str:
@@ -392,11 +398,11 @@ def step_share(
 # %% ../nbs/97c_gpu_headline.ipynb #97c00049
 def _way_row(record: Mapping[str, Any], way: str) -> str:
     one, eager, far = record["ways"][way], record["ways"].get("eager"), record["ways"][way]["dB"]
-    seconds = one["image"]["median"]
+    seconds, memory = one["image"]["median"], f"{one['peak'] / 1e9:.1f}" if "peak" in one else ""
     times = f"{eager['image']['median'] / seconds:.2f}" if eager else ""
     share = f"{step_share(record, way):.0%}" if record["rates"] and record["operations"] else ""
     return (f"| {way} | {seconds:.3f} | {times} | {1000 * one['step']:.1f} | {share} | {1000 * one['decode']:.0f} | "
-            f"{one['peak'] / 1e9 if 'peak' in one else math.nan:.1f} | {one['load'] + one['first']:.1f} | "
+            f"{memory} | {one['load'] + one['first']:.1f} | "
             + " | ".join(f"{far[name]:.0f}" if far else "" for name in ("latents", "picture")) + " |")
 
 def headline_table(

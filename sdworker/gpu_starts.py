@@ -41,18 +41,18 @@ def pack(
         archive.add(folder, folder.name)
     pieces = [packed.getvalue()[at:at + size] for at in range(0, packed.tell(), size)]
     to.mkdir(parents=True, exist_ok=True)
-    for old in to.glob("aot.tar.xz.*"):
-        old.unlink()
     for number, piece in enumerate(pieces):
-        (to / f"aot.tar.xz.{number:02}").write_bytes(piece)
+        (to / f"aot-{len(pieces)}.tar.xz.{number:02}").write_bytes(piece)
     return {"bytes": packed.tell(), "pieces": len(pieces)}
 
 def unpack(
     setup: Setup,
 ) -> Path | None:  # the folder of what was compiled; None: nothing was, or its pieces are not whole
     "Find what was compiled on this machine, or unpack what an earlier call has kept."
-    place, pieces = setup.scratch / "aot", sorted(setup.state.glob("aot.tar.xz.*"))
+    place, pieces = setup.scratch / "aot", list(setup.state.glob("aot-*.tar.xz.*"))
     if pieces and not list(place.glob("[!.]*/capsule.json")):
+        newest = max(pieces, key=lambda piece: piece.stat().st_mtime)  # an older archive may be of more pieces
+        pieces = sorted(setup.state.glob(f"{newest.stem}.*"))
         try:
             with tarfile.open(fileobj=io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))) as archive:
                 archive.extractall(place, filter="data")

@@ -95,9 +95,12 @@ RECORDS = {  # made up: no machine has measured them
         "bake": {"seconds": 300.0, "bytes": 1e8, "psnr": 50.0}, "images": {"images": IMAGES},
         "compile": {"backend": "inductor", "first_call": 60.0, "images": IMAGES}},
     "coldstart-gpu": INVENTED | {
-        "bytes": 6.94e9, "starts": {"pipeline": START, "naive": START}, "floors": {"import torch": 1.0}}}
+        "bytes": 6.94e9, "starts": {"pipeline": START, "naive": START}, "floors": {"import torch": 1.0}},
+    "gpu-families": INVENTED | {"parts": {
+        "half precision": {"result": {"tests": {"PASSED": 90, "FAILED": 1}, "failed": ["test_families.py::test_x"]}},
+        "float32": {"error": "ChildProcessError: killed after 300 s", "tries": 1}}}}
 PLACES = [("97c_gpu_headline", "headline-gpu"), ("98_claims", "headline-gpu"), ("95_compiled", "capsule-cuda"),
-          ("93_proof", "coldstart-gpu")]
+          ("93_proof", "coldstart-gpu"), ("02a_families", "gpu-families")]
 
 
 @pytest.mark.parametrize(("notebook", "name"), PLACES)
@@ -118,7 +121,7 @@ def test_a_table_waits_for_its_record(notebook, name, partly, tmp_path, monkeypa
     missing = dict.fromkeys(("rates", "operations", "jobs", "bake", "images", "compile")) if partly else {}
     record = RECORDS[name] | {key: value for key, value in missing.items() if key in RECORDS[name]}
     if partly:
-        record |= {key: {} for key in ("ways", "starts", "floors", "failed") if key in record}
+        record |= {key: {} for key in ("ways", "starts", "floors", "failed", "parts") if key in record}
     Path("../results", f"{name}.json").write_text(json.dumps(record))
     exec(source, dict(names))
     if notebook == "98_claims" and partly:
