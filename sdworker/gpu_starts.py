@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'FITS', 'WORKERS', 'IMAGES', 'DEVICE', 'pack', 'unpack', 'bake', 'fits', 'bake_aot', 'workers_of', 'start',
-           'start_all', 'measure_aot', 'write_aot', 'measure_starts', 'starts_table', 'aot_table']
+           'start_all', 'measure_aot', 'measure_starts', 'starts_table', 'aot_table']
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00003
 import io
@@ -193,11 +193,11 @@ def measure_aot(
                           TORCHINDUCTOR_CACHE_DIR=str(cache))
     report.part("images", lambda: images("", 1, 4), 10 if setup.dry else 60)
     report.part("compile", lambda: images("eager" if setup.dry else "inductor", 1), 10 if setup.dry else 130)
-    write_aot(report, starts)
+    _write_aot(report, starts)
     return report
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00023
-def write_aot(
+def _write_aot(
     report: Report,
     starts: Mapping[str, Any],  # from `start_all`, and "import_torch"
 ) -> dict[str, Any]:  # what was written
@@ -274,7 +274,7 @@ def starts_table(
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00031
 def aot_table(
-    record: Mapping[str, Any] | None,  # from `write_aot`; None: there is none yet
+    record: Mapping[str, Any] | None,  # from `measure_aot`; None: there is none yet
 ) -> str:  # Markdown
     "Starts and images of compiled code on a GPU."
     if record is None:
