@@ -1,0 +1,89 @@
+"""The GPU programme in small on a processor: its stages run, keep what they have, and go on with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdworker.gpu_checks import FORMATS, families, verdict
+from sdworker.gpu_programme import STAGES, project_requirements, reach, run
+from sdworker.gpu_report import Setup
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def setup(tmp_path) -> Setup:
+    return Setup(dry=True, out=tmp_path / "out", state=tmp_path / "state", scratch=tmp_path / "scratch")
+
+
+def test_the_checks_run_dry_and_are_not_run_again(setup, tmp_path, capfd):
+    assert run("checks", [], setup, tmp_path) == 0
+    record = json.loads((setup.out / "gpu-check.json").read_text())
+    verdicts = {name: verdict(part) for name, part in record["parts"].items()}
+    assert record["dry"] and {name: text for name, text in verdicts.items() if text.startswith("failed")} == {}
+    assert {"worker", "doctor", "memory, fraction", "refiner, offload", "switch channels last"} <= set(verdicts)
+    assert not any("compile" in name for name in verdicts), "compilers run by name only"
+    assert (setup.out / "embedded-float32.png").stat().st_size > 1000
+    capfd.readouterr()
+    assert run("checks", [], Setup(dry=True, out=setup.out, state=setup.state, scratch=setup.scratch), tmp_path) == 0
+    again = json.loads((setup.out / "gpu-check.json").read_text())
+    assert again["parts"] == record["parts"] and "---- worker: from an earlier call" in capfd.readouterr().out
+
+
+def test_a_stage_without_time_leaves_its_parts_out(setup, tmp_path):
+    late = Setup(dry=True, out=setup.out, state=setup.state, scratch=setup.scratch, seconds=0)
+    assert run("checks", ["machine", "worker"], late, tmp_path) == 0
+    parts = json.loads((setup.out / "gpu-check.json").read_text())["parts"]
+    assert parts and all("s needed" in part["left_out"] for part in parts.values())
+
+
+def test_the_families_run_on_the_device_of_the_setup(setup):
+    setup.scratch.mkdir()
+    ran = families(setup, 120, ["a_class_that_diffusers"], SDWORKER_DTYPE="float32")
+    assert ran["passed"] and ran["tests"] == {"PASSED": 1} and not ran["failed"], ran
+    ran = families(setup, 120, ["a_class_that_diffusers"], SDWORKER_DEVICE="cuda")
+    assert not ran["passed"] and len(ran["failed"]) == 1, "the tests' own settings give way to the programme's"
+
+
+def test_a_record_of_a_gpu_wants_all_formats(setup):
+    from sdworker.gpu_checks import formats
+
+    assert formats(Setup()) == FORMATS and formats(setup) == FORMATS[2:]
+
+
+@pytest.mark.parametrize("module", ["gpu_programme", "gpu_report"])
+def test_the_environment_is_made_with_the_standard_library(module):
+    """On a machine whose Python lacks most packages, this code makes the environment that has them."""
+    code = f"import sys, sdworker.{module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names - {"sitecustomize"}
+    assert brought - {"packaging"} == {"sdworker"}
+
+
+def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
+    """Whatever is imported when a picture is drawn must be carried or linked, or come with the standard library."""
+    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+
+    def of(one):
+        try:
+            return distribution(one.name).requires or ()
+        except PackageNotFoundError:
+            return ()
+    code = ("import sys; from sdworker.handler import handler; answer = handler({'input': {'prompt': 'a star'}});"
+            "assert answer['images']; print(*{name.partition('.')[0] for name in sys.modules})")
+    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    names, packages = reach(project_requirements(ROOT), of), packages_distributions()
+    brought = {name: packages[name] for name in drawn[-2].split() if name in packages and name != "sdworker"}
+    missing = {name for name, of in brought.items() if not {one.lower().replace("_", "-") for one in of} & names}
+    assert missing <= {"defusedxml", "backports"}, "Pillow and httpx do without these two"
+
+
+def test_every_stage_has_a_function():
+    from sdworker.gpu_programme import stage_function
+
+    modules = {name: stage.function.split(".")[0] for name, stage in STAGES.items()}
+    here = [name for name, module in modules.items() if (ROOT / "sdworker" / f"{module}.py").exists()]
+    assert {"checks", "bench", "families", "headline"} <= set(here) and all(map(callable, map(stage_function, here)))
