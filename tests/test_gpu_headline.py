@@ -60,10 +60,11 @@ def test_a_start_is_ended_at_its_limit():
 
 
 def test_compiled_code_is_measured_dry(compiled):
-    report = measure_aot(compiled, ("capsule", "naive", "import torch", "images"))
+    report = measure_aot(compiled, ("capsule", "naive", "import torch", "images", "compile"))
     assert not report.failed(), report.parts
     record = read_json(compiled.out / "capsule-dry.json")
     assert record["starts"]["capsule"]["rows"]["total"] > 0 and record["images"]["images"]["4"]["ratio"] > 0
+    assert record["compile"]["backend"] == "eager" and record["compile"]["first_call"] > 0
     shown = aot_table(record)
     assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "the usual worker" in shown
 
