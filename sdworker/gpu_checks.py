@@ -227,8 +227,8 @@ def worker(
     drawn = {job: output for job, output in outputs.items() if output.get("images")}
     beside = [shift.seconds[job] - shift.taken[job] - output["timings"]["total"] for job, output in drawn.items()
               if job != "job-0"]
-    return {"passed": len(drawn) == len(inputs), "answered": len(outputs), "jobs": len(inputs), "errors": {
-                job: output.get("error") for job, output in outputs.items() if job not in drawn},
+    return {"passed": len(drawn) == len(inputs), "answered": len(outputs), "jobs": len(inputs), "limit": limit,
+            "errors": {job: output.get("error") for job, output in outputs.items() if job not in drawn},
             "warnings": sorted({text for output in drawn.values() for text in output.get("warnings", ())}),
             "timings": {job: output["timings"] for job, output in drawn.items()},
             "first answer": shift.seconds.get("job-0"), "exit code": shift.code, "log": shift.log[-3000:],
@@ -395,13 +395,15 @@ def families(
     if not (file := root / "tests" / "test_families.py").exists():
         raise FileNotFoundError("there is no tests/test_families.py beside the package; run this in a clone.")
     environment = {"SDWORKER_DEVICE": setup.device} | environment
-    (setup.scratch / "gpu_settings.py").write_text(
+    plugins = setup.scratch / "plugins"
+    plugins.mkdir(parents=True, exist_ok=True)
+    (plugins / "gpu_settings.py").write_text(
         f"import os\ndef pytest_configure(config):\n    os.environ.update({environment!r})\n")
     workers = 0 if setup.dry else min(12, len(os.sched_getaffinity(0)))
     options = ["-o", "addopts=", "-n", str(workers), "-v", "--tb=line", "--timeout", "150", "-p", "gpu_settings", "-p",
                "no:cacheprovider", *(["-k", " or ".join(names)] if names else [])]
     ended = run_process([sys.executable, "-m", "pytest", str(file), *options], limit,
-                        PYTHONPATH=os.pathsep.join([str(setup.scratch), *filter(None, sys.path)]))
+                        PYTHONPATH=os.pathsep.join([str(plugins), *filter(None, sys.path)]))
     if ended.code not in (0, 1) and not ended.late:
         raise ChildProcessError(ended.out[-1500:] + ended.err[-500:])
     outcomes = {(word[0], name[0]) for line in ended.out.splitlines()
@@ -440,8 +442,9 @@ def checks(
     run("memory, filled", full_memory, "filled", dry=False)
     run("worker, reduce-overhead", worker, 120, 3, True, SDWORKER_COMPILE="reduce-overhead", needs=60, dry=False)
     run("compiled ahead of time", compiled_engine, needs=60, dry=False)
-    run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="capsule", needs=20, dry=False,
-        SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
+    if any((setup.scratch / "capsules").glob("*/capsule.json")):
+        run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="capsule", needs=20, dry=False,
+            SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
     for name in SWITCHES:
         if name not in slow:
             run(f"switch {name}", switch, name, most=45)
