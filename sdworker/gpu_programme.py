@@ -278,7 +278,7 @@ def run_stage(
 
     report = stage_function(name)(setup, tuple(parts))
     if report is not None:
-        print(*(f"{part:44}{verdict(entry)}" for part, entry in report.parts.items()), sep="\n")
+        print(*(f"{part:50} {verdict(entry)}" for part, entry in report.parts.items()), sep="\n")
         print(f"==== {name}: {len(report.parts)} parts, {len(report.failed())} with an error; {report.path.name}")
 
 STAGE = """
