@@ -104,6 +104,8 @@ def why_not_compiled(
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and not shutil.which(compiler):
         return f"there is no C++ compiler called {compiler} here; install one, or name another as CXX"
+    if device == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is neither gcc nor clang here; install one, or name another as CC"
     return why_not_cached(cache_folder(), cache_key(card, device, dtype, most)) if mode == "cached" else ""
 
 # %% ../nbs/27a_compiling.ipynb #0f14fb6f
