@@ -74,7 +74,7 @@ def _xformers_lacks(device: str) -> str:
         return "compute capability {}.{}, and 7.0 is the least".format(*capability)
     return "" if find_spec("xformers") else "it is not installed"
 
-# %% ../nbs/22_attention.ipynb #1882d5ea
+# %% ../nbs/22_attention.ipynb #764c3e0b
 def unfit(
     denoiser: torch.nn.Module,
     name: str,  # "sliced", or a key of `BACKENDS`
@@ -87,6 +87,12 @@ def unfit(
         return "" if sliceable else "this model's layers cannot be sliced"
     return probe(name, device, dtype) if sliceable or _asking(denoiser) else "this model's layers have their own"
 
+def _asking(denoiser: torch.nn.Module) -> list[Any]:
+    "A transformer's processors that ask diffusers' dispatcher, each with the back end that is to answer."
+    found = (getattr(module, "processor", None) for module in denoiser.modules())
+    return [processor for processor in found if hasattr(processor, "_attention_backend")]
+
+# %% ../nbs/22_attention.ipynb #1882d5ea
 def use_attention(
     pipe: "DiffusionPipeline",
     name: str,  # "sliced", "xformers+sliced", or a key of `BACKENDS`
@@ -110,8 +116,3 @@ def use_attention(
         processor._attention_backend = BACKENDS[name]
     log.info("%s enabled", name)
     return ""
-
-def _asking(denoiser: torch.nn.Module) -> list[Any]:
-    "A transformer's processors that ask diffusers' dispatcher, each with the back end that is to answer."
-    found = (getattr(module, "processor", None) for module in denoiser.modules())
-    return [processor for processor in found if hasattr(processor, "_attention_backend")]

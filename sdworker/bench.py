@@ -439,6 +439,7 @@ def _memory(bed: _Bed) -> dict[str, Any]:
             "measured": peak or "not measured"}
     return found
 
+# %% ../nbs/97_bench.ipynb #eba00626
 def _step_calls(bed: _Bed) -> list[Callable[[], Any]]:
     "The calls of the denoiser in one step with guidance, as the pipeline makes them."
     calls, denoiser = [], denoiser_of(bed.plain().pipe)
