@@ -269,7 +269,7 @@ def meta_components(
     return parts
 
 def _as_loaded(part: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    part.to(getattr(torch, dtype))
+    torch.nn.Module.to(part, getattr(torch, dtype))  # diffusers' own logs a warning for each component
     kept = part._keep_in_fp32_modules or () if dtype == "float16" else ()
     for name, layer in part.named_modules():
         if name.rpartition(".")[2] in kept:
