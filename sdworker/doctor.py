@@ -204,6 +204,8 @@ def memory(chosen: Settings) -> Finding:
 
     model, free = model_card(), f"{card['free'] / 1e9:.2f} GB are free"
     family, batch, side = model.family, min(chosen.max_batch, model.family.batch), model.side
+    if chosen.quantize != "off":
+        return well("memory", f"not computed for weights in fewer bits (SDWORKER_QUANTIZE); {free}.")
     try:
         if family is UNKNOWN:
             raise NotComputed(f"{model.pipeline} is not in the table of families")
