@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sdworker.engine.Engine.denoise': ('engine.html#engine.denoise', 'sdworker/engine.py'),
                                  'sdworker.engine.Engine.encode': ('engine.html#engine.encode', 'sdworker/engine.py'),
                                  'sdworker.engine.Engine.pick': ('engine.html#engine.pick', 'sdworker/engine.py'),
+                                 'sdworker.engine.OutOfMemory': ('engine.html#outofmemory', 'sdworker/engine.py'),
                                  'sdworker.engine.Picture': ('engine.html#picture', 'sdworker/engine.py'),
                                  'sdworker.engine.PipelineEngine': ('engine.html#pipelineengine', 'sdworker/engine.py'),
                                  'sdworker.engine.PipelineEngine.__init__': ('engine.html#pipelineengine.__init__', 'sdworker/engine.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Encoded', 'OnStep', 'Shot', 'Shape', 'Engine', 'randn', 'use_float32_noise', 'load_pipeline',
            'bare_components', 'denoiser_of', 'encode_prompts', 'scheduler_for', 'generators', 'denoise', 'to_pixels',
-           'as_bytes', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'BatchSizes', 'in_batches',
-           'generate']
+           'as_bytes', 'decode', 'PipelineEngine', 'image_seeds', 'Picture', 'Drawn', 'BatchSizes', 'OutOfMemory',
+           'in_batches', 'generate']
 
 # %% ../nbs/20_engine.ipynb #67e6190e
 import copy
@@ -360,6 +360,9 @@ class BatchSizes:
 _SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # for as long as an engine lives
 
 # %% ../nbs/20_engine.ipynb #4d0ba7c4
+class OutOfMemory(Unsuited):
+    "Not even one image fits into memory."
+
 def in_batches(
     shots: Sequence[Shot],
     most: int,  # images in one call
@@ -367,7 +370,7 @@ def in_batches(
     shape: Shape,
     sizes: BatchSizes,  # what is known of this engine's memory; learns from what fails
 ) -> list[str]:  # for the answer's "warnings"
-    "Draw shots in batches; one that does not fit is halved, or raises `Unsuited` if it is a single image."
+    "Draw shots in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
     done, failed = 0, sizes.fewest(shape)
     limited = failed is not None and min(most, len(shots)) >= failed
     while batch := shots[done:done + (_half(failed) if limited else most)]:
@@ -381,8 +384,8 @@ def in_batches(
             log.warning("%d image(s) do not fit into memory: %s", len(batch), str(error).partition("\n")[0])
         torch.cuda.empty_cache()  # outside of `except`, which holds what the failed call had made
         if len(batch) == 1:
-            raise Unsuited("not even one image of this size fits into memory; ask for fewer pixels, or see "
-                           "SDWORKER_PROFILE=lowmem.")
+            raise OutOfMemory("not even one image of this size fits into memory; ask for fewer pixels, or see "
+                              "SDWORKER_PROFILE=lowmem.")
         limited, failed = True, len(batch)
         sizes.add(shape, failed)
     return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time; set "

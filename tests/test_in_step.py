@@ -99,6 +99,18 @@ def test_modules_import_only_from_lower_numbers(name):
     assert all(MODULES[other] < MODULES[name] for other in used), f"{name} imports {used}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "sdworker").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_module_binds_a_name_once(path):
+    """A notebook's example runs before a later cell binds its name again; whoever imports the module gets the later."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_importing_sdworker_is_cheap():
     heavy = "torch transformers diffusers runpod numpy pydantic".split()
     code = f"import sys, sdworker; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
