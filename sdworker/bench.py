@@ -35,7 +35,7 @@ from PIL import Image
 from .card import EMBEDDED, ModelCard, ModelError, read_card
 from .compiling import fill_cache
 from .embedded import adherence, pairs
-from .engine import Drawn, Engine, OutOfMemory, as_bytes, denoiser_of, generate
+from .engine import BATCH_SIZES, Drawn, Engine, OutOfMemory, as_bytes, denoiser_of, generate
 from .failures import memory_is_out
 from .files import write_file
 from .images import encode
@@ -240,6 +240,7 @@ def free_memory() -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
+    BATCH_SIZES.clear()  # the next row may have room for more
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
