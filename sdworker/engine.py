@@ -423,10 +423,9 @@ def generate(
                   "mask" if mask else "image" if image else "noise", strength)
     shape = replace(shape, refine_from=_refined(engine, shape) if refine_from is None else refine_from)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
-    seeds = image_seeds(seed, len(prompts))
-    shots = [Shot(p, s, negative_prompt, image, mask) for p, s in zip(prompts, seeds, strict=True)]
+    shots = [Shot(p, s, negative_prompt, image, mask)
+             for p, s in zip(prompts, image_seeds(seed, len(prompts)), strict=True)]
     engine, reason = engine.pick(shape, min(max_batch, len(shots)))
-
     def draw(batch: Sequence[Shot]) -> None:
         for picture in _draw(engine, batch, shape, timings, on_step and (lambda done, total: on_step(
                 len(pictures) * total + done * len(batch), len(shots) * total))):
