@@ -37,7 +37,7 @@ lint: venv  ## ruff over notebooks, tests and scripts
 lock: venv  ## lock what the image installs, after a change of settings.ini (needs uv)
 	$(PY) docs/lock.py
 
-lock-test: venv  ## install exactly that lock, some 5 GB, and see that the worker draws with it (ten minutes)
+lock-test: venv  ## install exactly that lock, some 5 GB, and see that the worker draws with it (a quarter of an hour)
 	$(PY) docs/lock_test.py
 
 hub: venv  ## renew hub.json and .runpod/tests.json, after a change of the settings

@@ -22,9 +22,9 @@ from sdworker.loopback import work
 from sdworker.measure import psnr, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK, HOME = ROOT / ".runpod" / "worker.lock", ROOT / "out" / "lock"
+LOCK, TOOLS_LOCK, HOME = ROOT / ".runpod" / "worker.lock", ROOT / ".runpod" / "tests.lock", ROOT / "out" / "lock"
 PYTHON, TOOLS, BESIDE, AOT = HOME / "venv/bin/python", HOME / "tools", HOME / "torchvision", HOME / "aot"
-PYTEST = ("pytest", "pytest-timeout", "pytest-xdist", "execnet", "pluggy", "iniconfig")  # of tests.lock
+FOR_TESTS = ("pytest", "pytest-timeout", "pytest-xdist", "execnet", "pluggy", "iniconfig", "torchao")  # of tests.lock
 TESTS = ("families", "addons", "lean", "noise")
 PROMPT = "a large red star on a blue background"
 IMPORT = """
@@ -61,21 +61,21 @@ def pip(*arguments: object) -> None:
 
 def install(lock: str) -> dict[str, Any]:
     "Make the environment, unless it is there and of this lock; seconds and bytes."
-    made = HOME / "installed.json"
-    if made.exists() and (before := json.loads(made.read_text()))["sha256"] == lock:
+    made, wanted = HOME / "installed.json", {"sha256": lock, "tools": TOOLS_LOCK.read_text()}
+    if made.exists() and (before := json.loads(made.read_text())) | wanted == before:
         return before
     shutil.rmtree(HOME, ignore_errors=True)
     begin = time.perf_counter()
     run(sys.executable, "-m", "venv", HOME / "venv")
     pip("--require-hashes", "-r", LOCK)
     seconds = time.perf_counter() - begin
-    lines = (ROOT / ".runpod" / "tests.lock").read_text().splitlines(keepends=True)
-    (HOME / "tools.txt").write_text("".join(line for line in lines if line.partition("==")[0] in PYTEST))
+    lines = TOOLS_LOCK.read_text().splitlines(keepends=True)
+    (HOME / "tools.txt").write_text("".join(line for line in lines if line.partition("==")[0] in FOR_TESTS))
     pip("--require-hashes", "--target", TOOLS, "-r", HOME / "tools.txt")
     minor = re.search(r"^torch==2\.(\d+)\.", LOCK.read_text(), re.M)[1]
     pip("--target", BESIDE, f"torchvision==0.{int(minor) + 15}.0")  # numbered so since torch 2.0
     size = sum(path.stat().st_size for path in (HOME / "venv").rglob("*") if path.is_file())
-    record = {"sha256": lock, "seconds": round(seconds, 1), "bytes": size}
+    record = wanted | {"seconds": round(seconds, 1), "bytes": size}
     made.write_text(json.dumps(record))
     return record
 
@@ -124,9 +124,11 @@ def test() -> str:
 
 def main() -> None:
     "Do all of it, and write it down."
+    for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
+        del os.environ[name]  # the worker's own defaults are tried
     lock = sha256(LOCK.read_bytes()).hexdigest()
     print("installing the lock: some 5 GB to fetch, unless it is there", flush=True)
-    installed = install(lock)
+    made = install(lock)
     seconds = compile_ahead()
     workers, pictures = {}, {}
     for what, options in {
@@ -139,9 +141,11 @@ def main() -> None:
     if min(apart.values()) < 40:
         sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; 40 are wanted")
     write_result(ROOT / "results" / "lock.json", {
-        "sha256": lock, "machine": json.loads(run(PYTHON, "-c", VERSIONS)), "installed": installed,
+        "sha256": lock, "machine": json.loads(run(PYTHON, "-c", VERSIONS)),
+        "installed": {name: made[name] for name in ("seconds", "bytes")},
         "compiled_ahead": seconds, "workers": workers, "psnr": apart, "import_diffusers": import_xformers(),
-        "tests": test()}, "make lock-test: the locked packages on a processor, the embedded model, at a loopback queue")
+        "tests": {"of": TESTS, "result": test()}},
+        "make lock-test: the locked packages on a processor, the embedded model, at a loopback queue")
     print("all of it works: results/lock.json")
 
 
