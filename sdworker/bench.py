@@ -298,7 +298,7 @@ def supervise(
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> bool:  # whether all is measured: the process has ended with 0, not with 3
     "Have a suite measured in a process, and in another one if that ends in a row; `ModelError` if it ends before."
-    end = time.perf_counter() + 60 * minutes
+    end, told = time.perf_counter() + 60 * minutes, None
     while True:
         before = part.read_bytes() if part.exists() else b""
         process = begin((end - time.perf_counter()) / 60)
@@ -307,7 +307,10 @@ def supervise(
                 time.sleep(0.2)
                 with suppress(OSError, KeyError):  # it is not there yet, or no row is under way
                     state = json.loads(part.read_bytes())
-                    tell(len(state["done"]), state["doing"]["of"], state["doing"]["row"])
+                    now = len(state["done"]), state["doing"]["of"], state["doing"]["row"]
+                    if now != told:
+                        tell(*now)
+                        told = now
         finally:
             process.kill()
             process.wait()
