@@ -669,6 +669,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sdworker.imports._Submodules': ('imports.html#_submodules', 'sdworker/imports.py'),
                                   'sdworker.imports._Submodules.find_spec': ('imports.html#_submodules.find_spec', 'sdworker/imports.py'),
                                   'sdworker.imports._causes': ('imports.html#_causes', 'sdworker/imports.py'),
+                                  'sdworker.imports._free_memory': ('imports.html#_free_memory', 'sdworker/imports.py'),
                                   'sdworker.imports.import_runpod': ('imports.html#import_runpod', 'sdworker/imports.py'),
                                   'sdworker.imports.quick_or_plain': ('imports.html#quick_or_plain', 'sdworker/imports.py'),
                                   'sdworker.imports.standing_in': ('imports.html#standing_in', 'sdworker/imports.py'),

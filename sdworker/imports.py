@@ -96,6 +96,7 @@ def quick_or_plain(
                 raise
             log.warning("an import failed beside stand-ins (%s: %s), and is tried without; SDWORKER_LEAN=off spares "
                         "the first try", type(error).__name__, str(error).partition("\n")[0])
+        _free_memory()  # outside of `except`, which holds what the first try had made
     return plain()
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -103,6 +104,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error:
         yield error
         error = error.__cause__
+
+def _free_memory() -> None:
+    "Collect what nothing refers to, also with the collector off, and hand its memory on a GPU back."
+    gc.collect()
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda and cuda.is_initialized():
+        cuda.empty_cache()
 
 # %% ../nbs/31_imports.ipynb #5483ac34
 def import_runpod(
