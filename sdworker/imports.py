@@ -100,10 +100,10 @@ def quick_or_plain(
     return plain()
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    "An exception and what it was raised from."
+    "An exception and what it was raised from, or beside."
     while error:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
 
 def _free_memory() -> None:
     "Collect what nothing refers to, also with the collector off, and hand its memory on a GPU back."
