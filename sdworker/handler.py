@@ -103,29 +103,30 @@ def handler(
 ) -> dict[str, Any]:  # the response, or {"error": text}
     "Answer one job; never raises."
     start, job = time.perf_counter(), job if isinstance(job, dict) else {}
-    payload, error = job.get("input"), None
     try:
-        outcome, answer = "drawn", respond(payload)
+        answer = respond(job.get("input"))
         answer["timings"]["total"] = round(time.perf_counter() - start, 4)
-    except Exception as raised:
-        outcome, answer = failure(raised)
-        error = raised
+    except Exception as error:  # a name that outlived this block would keep the tensors of the failed call
+        outcome, answer = failure(error)
+        _record(job, outcome, time.perf_counter() - start, answer, error)
+    else:
+        _record(job, "drawn", time.perf_counter() - start, answer)
+    return answer
+
+def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Exception | None = None) -> None:
+    "Write what became of a job into the log, and count it; never raises."
     try:
-        _record(str(job.get("id", "local")), outcome, time.perf_counter() - start, answer, payload, error)
+        name = str(job.get("id", "local"))
+        if error is None:
+            note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if settings().log_prompts else "")
+        elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
+            lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
+            note(name, outcome, seconds, said=answer["error"], exc_info=lost)
+        else:
+            note(name, outcome, seconds, exc_info=error)
     except Exception:
         with suppress(Exception):
             log.exception("a job was answered, and could not be recorded")
-    return answer
-
-def _record(name: str, outcome: str, seconds: float, answer: dict, payload: Any, error: Exception | None) -> None:
-    "Write what became of a job into the log, and count it."
-    if error is None:
-        note(name, outcome, seconds, answer, repr(payload["prompt"]) if settings().log_prompts else "")
-    elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
-        lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
-        note(name, outcome, seconds, said=answer["error"], exc_info=lost)
-    else:
-        note(name, outcome, seconds, exc_info=error)
 
 # %% ../nbs/45_handler.ipynb #fa110008
 def _ending(
