@@ -704,6 +704,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdworker.load.EngineThread.submit': ('load.html#enginethread.submit', 'sdworker/load.py'),
                                'sdworker.load._capsule': ('load.html#_capsule', 'sdworker/load.py'),
                                'sdworker.load._compile_first': ('load.html#_compile_first', 'sdworker/load.py'),
+                               'sdworker.load._drop_frames': ('load.html#_drop_frames', 'sdworker/load.py'),
                                'sdworker.load._import_pipeline': ('load.html#_import_pipeline', 'sdworker/load.py'),
                                'sdworker.load._load': ('load.html#_load', 'sdworker/load.py'),
                                'sdworker.load._loaded': ('load.html#_loaded', 'sdworker/load.py'),

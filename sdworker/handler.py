@@ -85,11 +85,9 @@ def respond(
 def failure(
     error: Exception,  # from `respond`
 ) -> tuple[str, dict[str, Any]]:  # the outcome, "refused" or "failed", and the answer
-    "What a job is answered that could not be drawn; gives the engine up where it is lost."
+    "What a job is answered that could not be drawn."
     if isinstance(error, RequestError | Unsuited):
         return "refused", {"error": str(error)}
-    if isinstance(error, ModelError) and error.lasting:
-        give_up(error)
     if isinstance(error, SettingsError) or getattr(error, "lasting", False):
         return "failed", {"error": str(error), "refresh_worker": True}
     if isinstance(error, ModelError):
@@ -109,6 +107,8 @@ def handler(
     except Exception as error:  # a name that outlived this block would keep the tensors of the failed call
         outcome, answer = failure(error)
         _record(job, outcome, time.perf_counter() - start, answer, error)
+        if isinstance(error, ModelError) and error.lasting:
+            give_up(error)  # last, since it drops the traceback
     else:
         _record(job, "drawn", time.perf_counter() - start, answer)
     return answer
@@ -120,8 +120,8 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
         if error is None:
             note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if settings().log_prompts else "")
         elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
-            lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
-            note(name, outcome, seconds, said=answer["error"], exc_info=lost)
+            wrapped = error if outcome == "failed" and error.__cause__ else None  # with what led to it
+            note(name, outcome, seconds, said=answer["error"], exc_info=wrapped)
         else:
             note(name, outcome, seconds, exc_info=error)
     except Exception:

@@ -268,7 +268,9 @@ def initialize_model(
             try:
                 _attempt = _loaded(warm)
             except ModelError as error:
-                error.__traceback__ = error.__cause__ = error.__context__ = None  # they would keep what was half built
+                if error.__cause__:
+                    log.error("a load failed:", exc_info=error)
+                _drop_frames(error)
                 if not error.lasting:
                     raise
                 _attempt = error
@@ -276,12 +278,17 @@ def initialize_model(
             raise _attempt.with_traceback(None)
         return _attempt
 
+def _drop_frames(error: ModelError) -> None:
+    "Drop an error's traceback and what led to it; their frames would keep what was half built."
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
 # %% ../nbs/35_load.ipynb #91be0002
 def give_up(
     error: ModelError,  # that lasts
 ) -> None:
-    "Let go of the engine, and have every later call of `initialize_model` raise this error."
+    "Let go of the engine, and have every later call of `initialize_model` raise this error, without its traceback."
     global _attempt
+    _drop_frames(error)
     with _lock:
         _attempt = error
 
