@@ -105,7 +105,9 @@ def handler(
         answer = respond(job.get("input"))
         answer["timings"]["total"] = round(time.perf_counter() - start, 4)
     except Exception as error:  # a name that outlived this block would keep the tensors of the failed call
-        outcome, answer = failure(error)
+        outcome, answer = "failed", {"error": "the worker failed; its log has the details. Other jobs go on."}
+        with suppress(Exception):  # from an error whose text cannot be read
+            outcome, answer = failure(error)
         _record(job, outcome, time.perf_counter() - start, answer, error)
         if isinstance(error, ModelError) and error.lasting:
             give_up(error)  # last, since it drops the traceback
