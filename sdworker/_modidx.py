@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sdworker.failures': { 'sdworker.failures._device_error': ('failures.html#_device_error', 'sdworker/failures.py'),
                                    'sdworker.failures._disk_or_network': ('failures.html#_disk_or_network', 'sdworker/failures.py'),
                                    'sdworker.failures._error_of_device': ('failures.html#_error_of_device', 'sdworker/failures.py'),
+                                   'sdworker.failures._installed': ('failures.html#_installed', 'sdworker/failures.py'),
                                    'sdworker.failures._lasting_error': ('failures.html#_lasting_error', 'sdworker/failures.py'),
                                    'sdworker.failures._memory_error': ('failures.html#_memory_error', 'sdworker/failures.py'),
                                    'sdworker.failures.component_bytes': ('failures.html#component_bytes', 'sdworker/failures.py'),

@@ -10,7 +10,7 @@ __all__ = ['LASTING', 'memory_is_out', 'device_loss', 'device_guard', 'component
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -127,9 +127,16 @@ def fitting_settings(
         ways.append(f"SDWORKER_PROFILE=lowmem or SDWORKER_OFFLOAD=model ({largest / 1e9:.3g} GB at a time)")
     else:
         ways.append("SDWORKER_OFFLOAD=sequential (a layer at a time)")
-    if lighter <= room and find_spec("torchao"):
+    if lighter <= room and _installed("torchao"):
         ways.append(f"SDWORKER_QUANTIZE=int8 ({lighter / 1e9:.3g} GB)")
     return ways
+
+def _installed(package: str) -> bool:
+    "Whether a package is installed, also where it is hidden while a model loads."
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 # %% ../nbs/19_failures.ipynb #fbf79673
 def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) -> ModelError:
