@@ -122,8 +122,8 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
         if error is None:
             note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if settings().log_prompts else "")
         elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
-            wrapped = error if outcome == "failed" and error.__cause__ else None  # with what led to it
-            note(name, outcome, seconds, said=answer["error"], exc_info=wrapped)
+            lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
+            note(name, outcome, seconds, said=answer["error"], exc_info=lost)
         else:
             note(name, outcome, seconds, exc_info=error)
     except Exception:

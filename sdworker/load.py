@@ -277,8 +277,8 @@ def initialize_model(
             try:
                 _attempt = _loaded(warm)
             except ModelError as error:
-                if error.__cause__:
-                    log.error("a load failed:", exc_info=error)
+                if error.lasting and error.__cause__:
+                    log.error("a load failed for good:", exc_info=error)
                 _drop_frames(error)
                 if not error.lasting:
                     raise
