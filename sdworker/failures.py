@@ -122,17 +122,20 @@ def fitting_settings(
     sizes: dict[str, int],  # bytes by component, in half precision
     denoiser: str,  # the component's name
     room: int,  # bytes that the weights may take
-) -> list[str]:  # settings with what they leave on the GPU; empty: none is known to fit
+    dtype: str = "float16",  # that did not fit: "float32", "float16" or "bfloat16"
+) -> list[str]:  # alternatives, with what each has on the GPU; at least one
     "The settings with which weights fit into a GPU's memory."
-    lighter, largest = sum(sizes.values()) - sizes.get(denoiser, 0) // 2, max(sizes.values())
-    ways = []
+    whole, largest, ways = sum(sizes.values()), max(sizes.values()), []
+    lighter = whole - sizes.get(denoiser, 0) // 2
+    if dtype == "float32" and whole <= room:
+        return [f"SDWORKER_DTYPE=auto ({whole / 1e9:.3g} GB in half precision)"]
     if largest <= room:
         ways.append(f"SDWORKER_PROFILE=lowmem or SDWORKER_OFFLOAD=model ({largest / 1e9:.3g} GB at a time)")
     else:
         ways.append("SDWORKER_OFFLOAD=sequential (a layer at a time)")
     if lighter <= room and _installed("torchao"):
         ways.append(f"SDWORKER_QUANTIZE=int8 ({lighter / 1e9:.3g} GB)")
-    return ways
+    return [f"SDWORKER_DTYPE=auto with {way}" for way in ways] if dtype == "float32" else ways
 
 def _installed(package: str) -> bool:
     "Whether a package is installed, also where it is hidden while a model loads."
@@ -144,8 +147,7 @@ def _installed(package: str) -> bool:
 # %% ../nbs/19_failures.ipynb #fbf79673
 def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) -> ModelError:
     "What is needed, what there is, and what fits."
-    sizes = component_bytes(card.folder, dtype)
-    needed = sum(sizes.values())
+    needed = sum(component_bytes(card.folder, dtype).values())
     text = f"the weights of {card.name} take {needed / 1e9:.3g} GB in {dtype}"
     if device != "cuda" or isinstance(error, MemoryError) or "CPUAllocator" in str(error):  # also under offloading
         return ModelError(f"{text}, and this machine has no memory left; give it more, or choose a smaller model.")
@@ -154,7 +156,7 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) ->
         room = free + torch.cuda.memory_reserved()  # what a load that was cut off still holds is its own
     except RuntimeError:  # not even a context fits
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
-    ways = " or ".join(fitting_settings(sizes, card.denoiser, room))
+    ways = " or ".join(fitting_settings(component_bytes(card.folder, "float16"), card.denoiser, room, dtype))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {ways}, or "
                       "choose a GPU with more memory.", lasting=needed > total)
 
