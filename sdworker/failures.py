@@ -145,6 +145,8 @@ def _installed(package: str) -> bool:
         return False
 
 # %% ../nbs/19_failures.ipynb #fbf79673
+_CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces); a guess, since none was measured
+
 def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) -> ModelError:
     "What is needed, what there is, and what fits."
     needed = sum(component_bytes(card.folder, dtype).values())
@@ -158,7 +160,7 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) ->
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
     ways = " or ".join(fitting_settings(component_bytes(card.folder, "float16"), card.denoiser, room, dtype))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {ways}, or "
-                      "choose a GPU with more memory.", lasting=needed > total)
+                      "choose a GPU with more memory.", lasting=needed > total - _CONTEXT)
 
 # %% ../nbs/19_failures.ipynb #dc246922
 _CLIENTS = ("requests", "httpx", "httpcore", "urllib3", "huggingface_hub")  # whose errors are the network's
