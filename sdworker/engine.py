@@ -371,7 +371,7 @@ def in_batches(
     sizes: BatchSizes,  # what is known of this engine's memory; learns from what fails
 ) -> list[str]:  # for the answer's "warnings"
     "Draw shots in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
-    done, failed = 0, sizes.fewest(shape)
+    done, failed, paid = 0, sizes.fewest(shape), False
     limited = failed is not None and min(most, len(shots)) >= failed
     while batch := shots[done:done + (_half(failed) if limited else most)]:
         try:
@@ -386,10 +386,11 @@ def in_batches(
         if len(batch) == 1:
             raise OutOfMemory("not even one image of this size fits into memory; ask for fewer pixels, or see "
                               "SDWORKER_PROFILE=lowmem.")
-        limited, failed = True, len(batch)
+        limited, failed, paid = True, len(batch), True
         sizes.add(shape, failed)
-    return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time; set "
-            f"SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt."] if limited else []
+    advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if paid else ""
+    return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time"
+            f"{advice}."] if limited else []
 
 def _half(images: int) -> int:
     return (images + 1) // 2

@@ -107,7 +107,8 @@ def test_a_batch_that_did_not_fit_is_not_tried_again():
     assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job does not pay for what the first has found out"
     warnings = {name: [text for text in shift.answers[name]["output"]["warnings"] if "do not fit" in text]
                 for name in shift.answers}
-    assert warnings["first"] == warnings["second"] and warnings["first"][0].startswith("4 images in one call do not")
+    assert warnings["second"] == ["4 images in one call do not fit into memory, so they are drawn 2 at a time."]
+    assert warnings["first"] == [warnings["second"][0][:-1] + "; set SDWORKER_MAX_BATCH to 2 to save the attempt."]
     assert warnings["small"] == warnings["smaller"] == []
 
 
