@@ -184,7 +184,7 @@ def load_error(
     if isinstance(error, ImportError):
         return ModelError(f"{card.name} needs a package that cannot be imported ({reason}); install it.", lasting=True)
     if "CUDA" in reason or "cuDNN" in reason:
-        log.error("%s cannot be loaded onto the GPU:", card.name, exc_info=error)  # whoever answers drops the traceback
+        log.error("%s cannot be loaded onto the GPU:", card.name, exc_info=error)  # its traceback is dropped later
         return ModelError(f"{card.name} cannot be loaded onto the GPU ({reason}); start the worker anew, check the "
                           "driver with `sdworker doctor`, and see the log for the traceback.")
     return ModelError(f"{card.name} cannot be loaded from {where}, so a file there is damaged or of another model; "
