@@ -119,7 +119,7 @@ def use_compile(
     other: str = "",
     most: int = 4,
 ) -> str:  # for the answer's "warnings"; empty: it will be used as soon as it is ready
-    "Have a pipeline's denoiser compiled beside the work, once `prepare` is called."
+    "Have a pipeline's denoiser compiled once `prepare` or `prepare_behind` is called; until then it draws as it is."
     if mode == "off":
         return ""
     if reason := why_not_compiled(mode, card, device, dtype, offload, other, most):
@@ -327,7 +327,7 @@ def prepare_behind(
     engine: PipelineEngine,
     most: int,  # images in one call
 ) -> threading.Thread | None:  # None: there is nothing to prepare, or it has begun
-    "Prepare in a thread of its own; jobs that come meanwhile are drawn by the plain denoiser."
+    "Prepare `regional` or `cached` in a thread of its own; jobs that come meanwhile are drawn by the plain denoiser."
     if not (beside := _beside(engine)) or beside.begun:
         return None
     beside.begun = True
@@ -359,7 +359,7 @@ def fill_cache(
 
 # %% ../nbs/27a_compiling.ipynb #aaf8b5b1
 def break_even(
-    extra: float,  # seconds before compiled code draws, during which the plain one does
+    extra: float,  # seconds of compiling, whether a job waits for them or not
     plain: float,  # seconds of an image
     compiled: float,  # the same
 ) -> float:  # images; infinite: never
