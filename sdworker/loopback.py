@@ -41,6 +41,7 @@ class _Line:
         self.waiting = list(zip(arrivals or [0.0] * len(jobs), jobs, strict=True))
         self.missing = workers  # until they have all asked, the clock of the arrivals stands still
         self.asked: set[str] = set()
+        self.interrupted = False  # nobody waits for the answers any more
 
     def now(self) -> float:
         return time.monotonic() - self.start
@@ -114,7 +115,10 @@ def work(
     "Start workers, give them jobs, and stop them when all are answered or one has ended."
     queue = Queue(jobs, arrivals, workers)
     with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
-        return pool.submit(asyncio.run, _work(command, queue, environment or {}, limit, stop)).result()
+        try:
+            return pool.submit(asyncio.run, _work(command, queue, environment or {}, limit, stop)).result()
+        finally:  # Ctrl-C or a time limit: the workers must not outlive their caller
+            queue.interrupted = True
 
 # %% ../nbs/91_loopback.ipynb #6790d2d2
 async def _work(command, queue: Queue, environment, limit, stop) -> Shift:
@@ -128,25 +132,24 @@ async def _work(command, queue: Queue, environment, limit, stop) -> Shift:
                                     stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                     start_new_session=True) for name in names]
         try:
-            while (all(worker.poll() is None for worker in workers) and queue.now() < limit
+            while (all(worker.poll() is None for worker in workers) and queue.now() < limit and not queue.interrupted
                    and (len(queue.shift.seconds) < queue.jobs or not stop)):
                 await asyncio.sleep(0.02)
             queue.shift.code = next((code for worker in workers if (code := worker.poll()) is not None), None)
         finally:
             for worker in workers:
-                await asyncio.to_thread(_end, worker)
+                await _end(worker, queue)
             await runner.cleanup()
         log.seek(0)
         queue.shift.log = log.read()
     return queue.shift
 
-def _end(worker: subprocess.Popen) -> None:
-    "Stop a process, kindly first, and whatever it has forked."
+async def _end(worker: subprocess.Popen, queue: Queue) -> None:
+    "Stop a process, kindly first if there is time, and whatever it has forked."
     worker.send_signal(signal.SIGTERM)
-    try:
-        worker.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
+    last = queue.now() + 20
+    while worker.poll() is None and queue.now() < last and not queue.interrupted:
+        await asyncio.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
