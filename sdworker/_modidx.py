@@ -544,6 +544,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'sdworker.gpu_headline.write_headline': ( 'gpu_headline.html#write_headline',
                                                                                  'sdworker/gpu_headline.py')},
             'sdworker.gpu_programme': { 'sdworker.gpu_programme.Stage': ('gpu_programme.html#stage', 'sdworker/gpu_programme.py'),
+                                        'sdworker.gpu_programme._kill_group': ( 'gpu_programme.html#_kill_group',
+                                                                                'sdworker/gpu_programme.py'),
                                         'sdworker.gpu_programme._link': ('gpu_programme.html#_link', 'sdworker/gpu_programme.py'),
                                         'sdworker.gpu_programme.bench_rows': ('gpu_programme.html#bench_rows', 'sdworker/gpu_programme.py'),
                                         'sdworker.gpu_programme.collect': ('gpu_programme.html#collect', 'sdworker/gpu_programme.py'),

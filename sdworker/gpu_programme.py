@@ -12,6 +12,7 @@ __all__ = ['STAGES', 'LEFT_OUT', 'PLATFORMS', 'STAGE', 'RECORDS', 'EXAMPLES', 'S
 import argparse
 import compileall
 import configparser
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -96,7 +97,7 @@ def bench_rows(
 # %% ../nbs/97e_gpu_programme.ipynb #97e00014
 def run_in_time(
     command: Sequence[str],
-    limit: float,  # seconds until it is interrupted; 10 s later it is killed
+    limit: float,  # seconds until it is interrupted; 10 s later it is killed, and so are its children
     log: Path,  # gets what it prints
     **environment: str,
 ) -> int:  # exit code
@@ -104,19 +105,31 @@ def run_in_time(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as kept, subprocess.Popen(
             command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True) as process:
+            text=True, start_new_session=True) as process:
         timers = [threading.Timer(limit, process.send_signal, [signal.SIGINT]),
-                  threading.Timer(limit + 10, process.kill)]
+                  threading.Timer(limit + 10, _kill_group, [process.pid])]
         for timer in timers:
             timer.start()
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            kept.write(line)
-            kept.flush()
-        process.wait()
-        for timer in timers:
-            timer.cancel()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                kept.write(line)
+                kept.flush()
+            process.wait()
+        except KeyboardInterrupt:  # the terminal's goes to this process only
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            raise
+        finally:
+            for timer in timers:
+                timer.cancel()
+            _kill_group(process.pid)
     return process.returncode
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00017
 def compiler_environment(
@@ -426,4 +439,5 @@ def main(
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00043
 if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage, in a session of its own, is ended too
     sys.exit(main())
