@@ -33,7 +33,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .gpu_report import Setup
+from .gpu_report import Setup, sdxl_folder
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00006
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def bench_rows(
         if not (setup.out / part.name).exists():
             shutil.copy(part, setup.out)
     record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60,
-                         tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"))
+                         tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"),
+                         model=None if setup.dry else sdxl_folder(setup))
     print(f"==== bench: {'all rows are' if record else 'there is more to do; what is done is'} in {path.name}")
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00014
