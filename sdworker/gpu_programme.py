@@ -88,7 +88,8 @@ def bench_rows(
         raise ValueError(f"PART is {only[0]!r}, but rows of the benchmark are measured in their order: leave it out.")
     setup.out.mkdir(parents=True, exist_ok=True)
     for part in setup.state.glob(".bench-gpu*.part.json"):
-        if not (setup.out / part.name).exists():
+        record = setup.out / f"{part.stem.removesuffix('.part')[1:]}.json"
+        if not (record.exists() or (setup.out / part.name).exists()):
             shutil.copy(part, setup.out)
     record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60,
                          tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"),
@@ -350,6 +351,8 @@ def collect(
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(json.dumps(public(record), indent=1) + "\n", encoding="utf-8")
             lines.append(f"{path.name} -> {to.parent.relative_to(root)}")
+            for folder in (state, root / "results" / "gpu-parts"):  # the suite is complete
+                (folder / f".{path.stem}.part.json").unlink(missing_ok=True)
     if not lines:
         raise ValueError(f"FOLDER is {source}, and has no record of a GPU in it.")
     return lines
