@@ -84,6 +84,4 @@ def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
 def test_every_stage_has_a_function():
     from sdworker.gpu_programme import stage_function
 
-    modules = {name: stage.function.split(".")[0] for name, stage in STAGES.items()}
-    here = [name for name, module in modules.items() if (ROOT / "sdworker" / f"{module}.py").exists()]
-    assert {"checks", "bench", "families", "headline"} <= set(here) and all(map(callable, map(stage_function, here)))
+    assert all(callable(stage_function(name)) for name in STAGES)
