@@ -590,7 +590,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdworker.gpu_report._Record.failed': ('gpu_report.html#_record.failed', 'sdworker/gpu_report.py'),
                                      'sdworker.gpu_report._Record.write': ('gpu_report.html#_record.write', 'sdworker/gpu_report.py'),
                                      'sdworker.gpu_report._gpu_is_lost': ('gpu_report.html#_gpu_is_lost', 'sdworker/gpu_report.py'),
-                                     'sdworker.gpu_report._host_seconds': ('gpu_report.html#_host_seconds', 'sdworker/gpu_report.py'),
                                      'sdworker.gpu_report.copy_rates': ('gpu_report.html#copy_rates', 'sdworker/gpu_report.py'),
                                      'sdworker.gpu_report.device_seconds': ('gpu_report.html#device_seconds', 'sdworker/gpu_report.py'),
                                      'sdworker.gpu_report.gpu_facts': ('gpu_report.html#gpu_facts', 'sdworker/gpu_report.py'),

@@ -232,8 +232,7 @@ def worker(
     used = not any(name in text for name in environment for text in warnings)  # else a warning gives the reason
     return {"passed": len(drawn) == len(inputs) and used, "answered": len(outputs), "jobs": len(inputs), "limit": limit,
             "errors": {job: output.get("error") for job, output in outputs.items() if job not in drawn},
-            "warnings": warnings,
-            "timings": {job: output["timings"] for job, output in drawn.items()},
+            "warnings": warnings, "timings": {job: output["timings"] for job, output in drawn.items()},
             "first answer": shift.seconds.get("job-0"), "exit code": shift.code, "log": shift.log[-3000:],
             "beside drawing": statistics.median(beside) if beside else None}
 
@@ -342,15 +341,13 @@ def switch(
     "One switch: how far its pictures are from the plain pipeline's, and whether that is what it promises."
     from dataclasses import asdict
 
-    from sdworker.compiling import fill_cache
+    from sdworker.bench import built
     from sdworker.profiles import SWITCHES
-    from sdworker.quality import draw_pairs, held, switched
+    from sdworker.quality import draw_pairs, held
 
     card, one, pairs = read_card(EMBEDDED, "embedded"), SWITCHES[name], _pairs(setup, 20)
     try:
-        if name == "compile: cached":
-            fill_cache(switched(SWITCHES["compile: regional"], card, setup.device))
-        engine = switched(one, card, setup.device)
+        engine = built(one, card, setup.device)
     except ModelError as error:
         return {"not_used": str(error)}
     return asdict(held(list(draw_pairs(engine, pairs, 10, **one.request)), _plain(setup.device, len(pairs)), one.least))

@@ -29,7 +29,7 @@ from typing import Any
 
 from .card import EMBEDDED, read_json
 from .files import write_file
-from .measure import machine, processor_name
+from .measure import between, machine, mark, processor_name
 
 # %% ../nbs/97a_gpu_report.ipynb #97a00006
 @dataclass(frozen=True)
@@ -233,25 +233,14 @@ def device_seconds(
     device: str = "cuda",
 ) -> float:
     "Median seconds of a call by the GPU's clock; on a processor by the host's."
-    import torch
-
     call()
     call()
-    if device != "cuda":
-        return statistics.median(_host_seconds(call) for _ in range(turns))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(turns)]
-    torch.cuda.synchronize()
-    for begin, end in events:
-        begin.record()
+    marks = []
+    for _ in range(turns):
+        begin = mark(device)
         call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1000
-
-def _host_seconds(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
+        marks.append((begin, mark(device)))
+    return statistics.median(between(*pair) for pair in marks)
 
 # %% ../nbs/97a_gpu_report.ipynb #97a00033
 def matmul_rates(
