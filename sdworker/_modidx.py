@@ -704,7 +704,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdworker.load.EngineThread._run': ('load.html#enginethread._run', 'sdworker/load.py'),
                                'sdworker.load.EngineThread.busy': ('load.html#enginethread.busy', 'sdworker/load.py'),
                                'sdworker.load.EngineThread.submit': ('load.html#enginethread.submit', 'sdworker/load.py'),
-                               'sdworker.load._called': ('load.html#_called', 'sdworker/load.py'),
                                'sdworker.load._capsule': ('load.html#_capsule', 'sdworker/load.py'),
                                'sdworker.load._compile_first': ('load.html#_compile_first', 'sdworker/load.py'),
                                'sdworker.load._drop_frames': ('load.html#_drop_frames', 'sdworker/load.py'),

@@ -91,19 +91,12 @@ class EngineThread:
         while True:
             future, call = self._calls.get()
             try:
-                future.set_result(_called(call))
+                future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:  # a library that ends its process has failed, and whoever waits goes on
+                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
             del future, call  # or what they hold would live until the next one comes
-
-def _called(call: Callable[[], Any]) -> Any:
-    "Make a call; a library that ends its process has failed, and whoever waits for it goes on."
-    try:
-        return call()
-    except Exception:
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 ENGINE_THREAD = EngineThread()  # of this process
 
