@@ -124,7 +124,12 @@ def offloaded(monkeypatch):
         monkeypatch.setattr(DiffusionPipeline, name, lambda pipe, device, enable=enable: enable(pipe, device="cpu"))
     by_layer = accelerate.cpu_offload  # which takes diffusers' "cpu:0" for another device than "cpu"
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, _, **more: by_layer(model, "cpu", **more))
-    return lambda card, dtype="float32", **settings: pipeline_for(defaults(**settings), card, "cuda", dtype)
+
+    def build(card, dtype="float32", **settings):
+        engine = pipeline_for(defaults(**settings), card, "cuda", dtype)
+        engine.device = "cpu"  # whose clock times the stages
+        return engine
+    return build
 
 
 @pytest.fixture
