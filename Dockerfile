@@ -48,8 +48,8 @@ RUN --mount=type=cache,target=/build/pip \
     && python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
 
 # The notebooks, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
-# test_gate, which draws for minutes on a CPU, and test_image itself; of the notebooks, four of the lab that time this
-# machine for minutes. `make test` has them all.
+# test_gate, which draws for minutes on a CPU, and test_image itself; of the notebooks, those of the lab that time this
+# machine for minutes, and those of the GPU programme, which want git and pip. `make test` has them all.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=
@@ -63,7 +63,7 @@ RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-i
         --no-compile --target /opt/sdworker . \
     && python -m compileall -q -f --invalidation-mode unchecked-hash /opt/sdworker
 RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore=nbs/92_coldstart.ipynb \
-        --ignore=nbs/92a_replay.ipynb --ignore=nbs/93_proof.ipynb --ignore=nbs/97_bench.ipynb \
+        --ignore=nbs/92a_replay.ipynb --ignore=nbs/93_proof.ipynb --ignore-glob='nbs/97*.ipynb' \
         tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
     && touch /tests-passed
 
