@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sdworker.compiling.Beside.__call__': ('compiling.html#beside.__call__', 'sdworker/compiling.py'),
                                     'sdworker.compiling.Beside.__init__': ('compiling.html#beside.__init__', 'sdworker/compiling.py'),
                                     'sdworker.compiling.Beside.compiled': ('compiling.html#beside.compiled', 'sdworker/compiling.py'),
+                                    'sdworker.compiling._abandoned': ('compiling.html#_abandoned', 'sdworker/compiling.py'),
                                     'sdworker.compiling._any_threads': ('compiling.html#_any_threads', 'sdworker/compiling.py'),
                                     'sdworker.compiling._beside': ('compiling.html#_beside', 'sdworker/compiling.py'),
                                     'sdworker.compiling._complete': ('compiling.html#_complete', 'sdworker/compiling.py'),

@@ -221,12 +221,18 @@ def _complete(
 def remove_half_files(
     folder: Path,  # of the compiler's cache
 ) -> list[Path]:  # what was removed
-    "Remove libraries that a compiler had not finished."
-    found = [path for path in folder.rglob("*.so") if not _complete(path)] if sys.platform == "linux" else []
+    "Remove libraries that a compiler had not finished, half a minute ago or earlier."
+    found = [path for path in folder.rglob("*.so") if _abandoned(path)] if sys.platform == "linux" else []
     for path in found:
         log.warning("%s is incomplete, since a compiler was stopped; it is compiled anew", path)
         path.unlink(missing_ok=True)
     return found
+
+def _abandoned(path: Path) -> bool:
+    try:  # what is newer may be in another compiler's hands
+        return time.time() - path.stat().st_mtime > 30 and not _complete(path)
+    except OSError:  # another process has removed it
+        return False
 
 # %% ../nbs/27a_compiling.ipynb #5e4542fc
 def give_way(
