@@ -43,12 +43,17 @@ print(json.dumps(machine() | {"cuda": torch.version.cuda}))
 """
 
 
-def run(*command: object, path: tuple[Path, ...] = (), check: bool = True, **environment: str) -> str:
+def python_path(path: tuple[Path, ...]) -> str:
+    "PYTHONPATH with the repository's package first."
+    return os.pathsep.join(map(str, (ROOT, *path)))
+
+
+def run(*command: object, path: tuple[Path, ...] = (), **environment: str) -> str:
     "Run a command in the repository with its package on the path; what it printed."
-    found = os.pathsep.join(map(str, (ROOT, *path)))
+    variables = {"PYTHONPATH": python_path(path), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([str(word) for word in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          env=os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"} | environment)
-    if check and done.returncode:
+                          env=os.environ | variables)
+    if done.returncode:
         sys.exit(f"{done.stdout}\ndocs/lock_test.py: {' '.join(map(str, command))} ended with {done.returncode}")
     return done.stdout
 
@@ -84,9 +89,8 @@ def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: 
     "Start the worker with two jobs at the queue and check both pictures; what it warned of, and its first picture."
     print(f"drawing: {what}", flush=True)
     jobs = [{"id": f"job-{seed}", "input": {"prompt": PROMPT, "seed": seed}} for seed in (7, 8)]
-    found = os.pathsep.join(map(str, (ROOT, *path)))
     shift = work([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli", "start"], jobs,
-                 {"PYTHONPATH": found, "SDWORKER_CAPSULES": str(AOT)} | environment, 300)
+                 {"PYTHONPATH": python_path(path), "SDWORKER_CAPSULES": str(AOT)} | environment, 300)
     answers = [shift.answers.get(job["id"], {}).get("output", {}) for job in jobs]
     pictures = [from_data_uri(answer["images"][0]) for answer in answers if "images" in answer]
     right = len(pictures) == 2 and all(all(judge(picture, PROMPT).values()) for picture in pictures)
