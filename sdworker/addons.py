@@ -126,7 +126,7 @@ def _second_unet(engine: "FamilyEngine", quantization: Any) -> torch.nn.Module:
             variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None,
             **extra).to(engine.pipe.device)
     except Exception as error:
-        raise load_error(engine.card, engine.device, engine.dtype, error, folder) from error
+        raise load_error(engine.card, engine.device, engine.dtype, error, folder, bool(quantization)) from error
 
 # %% ../nbs/27d_addons.ipynb #63f5b15f
 class Refiner:

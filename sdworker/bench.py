@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .card import EMBEDDED, ModelCard, ModelError, read_card
+from .card import EMBEDDED, ModelCard, ModelError, causes, read_card
 from .compiling import fill_cache
 from .embedded import adherence, pairs
 from .engine import BATCH_SIZES, Drawn, Engine, OutOfMemory, as_bytes, denoiser_of, generate
@@ -120,10 +120,7 @@ def out_of_memory(
     error: BaseException,
 ) -> bool:
     "Whether an error, or one that led to it, says that the device has no memory left."
-    cause: BaseException | None = error
-    while cause and not (memory_is_out(cause) or isinstance(cause, OutOfMemory)):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return any(memory_is_out(cause) or isinstance(cause, OutOfMemory) for cause in causes(error))
 
 def row(
     build: Callable[[], Engine],  # or raises `ModelError` with the reason why it cannot be had

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Check', 'QUEUE', 'BUCKET', 'LARGEST', 'PIXEL', 'QUICK', 'CHECKS', 'Finding', 'well', 'look', 'disk', 'caches',
-           'weights', 'sizes', 'gpu', 'device', 'driver', 'capability', 'attention', 'memory', 'bytecode', 'start',
-           'capsule', 'queue', 'bucket', 'clock', 'payload', 'costs', 'examine', 'as_record', 'at_start']
+           'weights', 'sizes', 'gpu', 'device', 'driver', 'capability', 'has_code', 'attention', 'memory', 'bytecode',
+           'start', 'capsule', 'queue', 'bucket', 'clock', 'payload', 'costs', 'examine', 'as_record', 'at_start']
 
 # %% ../nbs/44_doctor.ipynb #8bc1bf85
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -169,7 +170,26 @@ def capability(chosen: Settings) -> Finding:
         return Finding("capability", "fail" if "xformers" in chosen.attention else "warn",
                        f"{card['name']} has compute capability {shown}; xformers and half precision want 7.0.",
                        "Choose a newer card: every pool of RunPod has them.")
+    import torch
+
+    built = torch.cuda.get_arch_list()  # empty: torch sees no GPU, which `device` reports
+    if built and not has_code(card["capability"], built):
+        return Finding("capability", "fail", f"{card['name']} has compute capability {shown}, and torch "
+                       f"{torch.__version__} has code for {', '.join(built)} only.",
+                       "Choose another GPU, or an image with another PyTorch.")
     return well("capability", f"{card['name']} has compute capability {shown}.")
+
+# %% ../nbs/44_doctor.ipynb #1cf20912
+def has_code(
+    capability: tuple[int, int],  # of a GPU
+    built: Sequence[str],  # as from `torch.cuda.get_arch_list`: "sm_80", "compute_120"
+) -> bool:
+    "Whether PyTorch has code for a GPU: machine code of its major version, or PTX, which its driver compiles."
+    for name in built:
+        kind, major, minor = re.match(r"(sm|compute)_(\d+)(\d)", name).groups()
+        if (int(major), int(minor)) <= capability and (kind == "compute" or int(major) == capability[0]):
+            return True
+    return False
 
 # %% ../nbs/44_doctor.ipynb #d8b3cbbd
 def attention(chosen: Settings) -> Finding:

@@ -135,7 +135,7 @@ def load_pipeline(
             card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
     except Exception as error:
-        raise load_error(card, device, dtype, error) from error
+        raise load_error(card, device, dtype, error, quantized=bool(quantization)) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # of other pipelines half precision is what their VAE is called with
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
-from .card import ModelCard, ModelError
+from .card import ModelCard, ModelError, causes
 from .files import numbers, weight_files
 
 log = logging.getLogger("sdworker")
@@ -34,9 +35,13 @@ _MEMORY_IS_OUT = (
 def memory_is_out(
     error: BaseException,
 ) -> bool:
-    "Whether an error means that the device has no memory left."
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_IS_OUT))
+    "Whether an error, or one that led to it, means that the device has no memory left."
+    return any(isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and any(
+        words in str(cause) for words in _MEMORY_IS_OUT)) for cause in _unanswered(error))
+
+def _unanswered(error: BaseException) -> Iterator[BaseException]:
+    "The causes of an error as far as a `ModelError`, whose sentence says already what it means."
+    return takewhile(lambda cause: not isinstance(cause, ModelError), causes(error))
 
 # %% ../nbs/19_failures.ipynb #84e29674
 LASTING = {  # CUDA's codes and words of errors after which this process cannot draw
@@ -66,10 +71,9 @@ LASTING = {  # CUDA's codes and words of errors after which this process cannot 
 def device_loss(
     error: BaseException,
 ) -> str:  # CUDA's words; empty: the next job can be drawn
-    "Why the GPU takes no more work from this process, if an error means that."
-    if not isinstance(error, RuntimeError):
-        return ""
-    return _lasting_error(error) or _error_of_device()
+    "Why the GPU takes no more work from this process, if an error, or one that led to it, means that."
+    raised = [cause for cause in causes(error) if isinstance(cause, RuntimeError)]
+    return next(filter(None, map(_lasting_error, raised)), "") or (_error_of_device() if raised else "")
 
 def _lasting_error(error: RuntimeError) -> str:
     "CUDA's words for an error that lasts."
@@ -104,6 +108,9 @@ def device_guard() -> Iterator[None]:
         raise
 
 def _device_error(loss: str) -> ModelError:
+    if LASTING[209] in loss:  # where a new worker would fail as this one
+        return ModelError(f"this build of PyTorch has no code for this GPU ({loss}); choose another GPU, or an image "
+                          "with another PyTorch.", lasting=True)
     return ModelError(f"the GPU takes no more work from this process ({loss}), so the worker has to be started anew; "
                       "send the job again.", lasting=True)
 
@@ -111,10 +118,11 @@ def _device_error(loss: str) -> ModelError:
 def component_bytes(
     folder: Path,  # of a pipeline in diffusers' layout
     dtype: str,  # "float32", "float16" or "bfloat16"
+    extra: Path | None = None,  # a component that the pipeline does not list, such as a refiner's denoiser
 ) -> dict[str, int]:  # bytes, by component
     "What the weights of each component take in a number format, from the files' headers."
     width, sizes = (4 if dtype == "float32" else 2), {}
-    for path in weight_files(folder):
+    for path in [*weight_files(folder), *(sorted(extra.glob("*.safetensors")) if extra else [])]:
         sizes[path.parent.name] = sizes.get(path.parent.name, 0) + width * numbers([path])
     return sizes
 
@@ -123,6 +131,7 @@ def fitting_settings(
     denoiser: str,  # the component's name
     room: int,  # bytes that the weights may take
     dtype: str = "float16",  # that did not fit: "float32", "float16" or "bfloat16"
+    quantized: bool = False,  # already
 ) -> list[str]:  # alternatives, with what each has on the GPU; at least one
     "The settings with which weights fit into a GPU's memory."
     whole, largest, ways = sum(sizes.values()), max(sizes.values()), []
@@ -133,7 +142,7 @@ def fitting_settings(
         ways.append(f"SDWORKER_PROFILE=lowmem or SDWORKER_OFFLOAD=model ({largest / 1e9:.3g} GB at a time)")
     else:
         ways.append("SDWORKER_OFFLOAD=sequential (a layer at a time)")
-    if lighter <= room and _installed("torchao"):
+    if lighter <= room and not quantized and _installed("torchao"):
         ways.append(f"SDWORKER_QUANTIZE=int8 ({lighter / 1e9:.3g} GB)")
     return [f"SDWORKER_DTYPE=auto with {way}" for way in ways] if dtype == "float32" else ways
 
@@ -147,20 +156,24 @@ def _installed(package: str) -> bool:
 # %% ../nbs/19_failures.ipynb #fbf79673
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces); a guess, since none was measured
 
-def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception) -> ModelError:
+def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, extra: Path | None,
+                  quantized: bool) -> ModelError:
     "What is needed, what there is, and what fits."
-    needed = sum(component_bytes(card.folder, dtype).values())
+    needed = sum(component_bytes(card.folder, dtype, extra).values())
     text = f"the weights of {card.name} take {needed / 1e9:.3g} GB in {dtype}"
-    if device != "cuda" or isinstance(error, MemoryError) or "CPUAllocator" in str(error):  # also under offloading
+    text += ", less with SDWORKER_QUANTIZE" if quantized else ""
+    if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)  # also under offloading
+                               for cause in causes(error)):
         return ModelError(f"{text}, and this machine has no memory left; give it more, or choose a smaller model.")
     try:
         free, total = torch.cuda.mem_get_info()
         room = free + torch.cuda.memory_reserved()  # what a load that was cut off still holds is its own
     except RuntimeError:  # not even a context fits
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
-    ways = " or ".join(fitting_settings(component_bytes(card.folder, "float16"), card.denoiser, room, dtype))
+    sizes = component_bytes(card.folder, "float16", extra)
+    ways = " or ".join(fitting_settings(sizes, card.denoiser, room, dtype, quantized))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {ways}, or "
-                      "choose a GPU with more memory.", lasting=needed > total - _CONTEXT)
+                      "choose a GPU with more memory.", lasting=not quantized and needed > total - _CONTEXT)
 
 # %% ../nbs/19_failures.ipynb #dc246922
 _CLIENTS = ("requests", "httpx", "httpcore", "urllib3", "huggingface_hub")  # whose errors are the network's
@@ -170,19 +183,23 @@ def load_error(
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     error: Exception,  # from the libraries that load
-    folder: Path | None = None,  # what was being loaded; default: the model's
+    extra: Path | None = None,  # a component that the model does not list, if that was being loaded
+    quantized: bool = False,  # whether some weights are to have fewer bits
 ) -> ModelError:
     "What an error means that was raised while loading a model."
-    where, reason = folder or card.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
+    where, reason = extra or card.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
     if loss := device_loss(error):
         return _device_error(loss)
     if memory_is_out(error):
-        return _memory_error(card, device, dtype, error)
+        return _memory_error(card, device, dtype, error, extra, quantized)
     if may_pass := _disk_or_network(error):
         return ModelError(f"{card.name} cannot be loaded from {where} at present ({may_pass}); see to the disk or "
                           "volume and to the network, and try again.")
     if isinstance(error, ImportError):
         return ModelError(f"{card.name} needs a package that cannot be imported ({reason}); install it.", lasting=True)
+    if "automatic conversion of the weights" in reason:  # all that transformers says, whatever failed in quantizing
+        return ModelError(f"the weights of {card.name} cannot be quantized, for want of memory or because they do not "
+                          "suit it; choose a GPU with more memory, or change SDWORKER_QUANTIZE.")
     if "CUDA" in reason or "cuDNN" in reason:
         log.error("%s cannot be loaded onto the GPU:", card.name, exc_info=error)  # its traceback is dropped later
         return ModelError(f"{card.name} cannot be loaded onto the GPU ({reason}); start the worker anew, check the "
@@ -191,13 +208,12 @@ def load_error(
                       f"fetch it again ({error}).", lasting=True)
 
 # %% ../nbs/19_failures.ipynb #3488a541
-def _disk_or_network(error: BaseException | None) -> str:
+def _disk_or_network(error: BaseException) -> str:
     "The text of an error of the system's or of a client's, anywhere in a chain of causes; empty: there is none."
-    while error is not None:
-        system = isinstance(error, OSError) and (error.errno or isinstance(error, ConnectionError | TimeoutError))
-        if system or type(error).__module__.partition(".")[0] in _CLIENTS:
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
-        error = error.__cause__ or error.__context__
+    for cause in causes(error):
+        system = isinstance(cause, OSError) and (cause.errno or isinstance(cause, ConnectionError | TimeoutError))
+        if system or type(cause).__module__.partition(".")[0] in _CLIENTS:
+            return (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return ""
 
 # %% ../nbs/19_failures.ipynb #22d53a56
@@ -206,6 +222,7 @@ def load_guard(
     card: ModelCard,
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
+    quantized: bool = False,  # whether some weights are to have fewer bits
 ) -> Iterator[None]:
     "Raise a `ModelError` in place of an error of the GPU's or for want of memory, while a model is made ready."
     try:
@@ -214,5 +231,5 @@ def load_guard(
         raise
     except Exception as error:
         if memory_is_out(error) or device_loss(error):
-            raise load_error(card, device, dtype, error) from error
+            raise load_error(card, device, dtype, error, quantized=quantized) from error
         raise

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .card import causes
 from .measure import processor_name
 
 log = logging.getLogger("sdworker")
@@ -92,18 +93,12 @@ def quick_or_plain(
         try:
             return quick()
         except Exception as error:  # of whichever library
-            if not any(isinstance(cause, (ImportError, AttributeError)) for cause in _causes(error)):
+            if not any(isinstance(cause, (ImportError, AttributeError)) for cause in causes(error)):
                 raise
             log.warning("an import failed beside stand-ins (%s: %s), and is tried without; SDWORKER_LEAN=off spares "
                         "the first try", type(error).__name__, str(error).partition("\n")[0])
         _free_memory()  # outside of `except`, which holds what the first try had made
     return plain()
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    "An exception and what it was raised from, or beside."
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__
 
 def _free_memory() -> None:
     "Collect what nothing refers to, also with the collector off, and hand its memory on a GPU back."

@@ -125,7 +125,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     def load() -> "Engine":
         _import_pipeline(card)
         try:
-            with load_guard(card, device, dtype):
+            with load_guard(card, device, dtype, chosen.quantize != "off"):
                 return pipeline_for(chosen, card, device, dtype, **more)
         except ModelError:
             quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass

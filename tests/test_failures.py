@@ -18,10 +18,10 @@ from sdworker.settings import settings
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 LOST = "the GPU takes no more work from this process"
 
-# What follows is put before a worker's start, and breaks its engine.
+# What follows is put before a worker's start, and breaks its engine, or the reading of weights, whose errors diffusers
+# wraps in one of its own.
 LIBRARY = """
-import torch, sdworker.handler, sdworker.whole
-from diffusers import DiffusionPipeline
+import safetensors.torch, torch, sdworker.handler, sdworker.whole
 from unittest.mock import patch
 
 TEXT = '''CUDA error: an illegal memory access was encountered
@@ -75,7 +75,7 @@ def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
     assert shift.code, "the process ends by itself, and not as if all were well"
 
 
-@pytest.mark.parametrize("owner", ["DiffusionPipeline, 'from_pretrained'", "sdworker.whole.FamilyEngine, 'decode'"])
+@pytest.mark.parametrize("owner", ["safetensors.torch, 'load_file'", "sdworker.whole.FamilyEngine, 'decode'"])
 def test_a_gpu_that_is_lost_before_the_first_job(owner):
     """In the load, or in the warm-up that follows it in the background."""
     shift = work(worker(f"fail({owner}, illegal)"), [job("first"), job("second")], limit=60, stop=False,
@@ -116,7 +116,7 @@ def test_a_load_that_finds_no_memory_is_tried_again_and_blames_no_file():
     shift = work(worker("import os", "os.environ['SDWORKER_LOAD'] = 'lazy'",
                         "out = lambda: RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate"
                         " 8 bytes\")",
-                        "fail(DiffusionPipeline, 'from_pretrained', out, last=0)"), [job("first"), job("second")])
+                        "fail(safetensors.torch, 'load_file', out, last=0)"), [job("first"), job("second")])
     error = shift.answers["first"]["error"]
     assert error.startswith("the weights of embedded take") and "no memory left" in error and "damaged" not in error
     assert "stopPod" not in shift.answers["first"] and "output" in shift.answers["second"]
