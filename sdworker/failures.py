@@ -118,11 +118,10 @@ def _device_error(loss: str) -> ModelError:
 def component_bytes(
     folder: Path,  # of a pipeline in diffusers' layout
     dtype: str,  # "float32", "float16" or "bfloat16"
-    extra: Path | None = None,  # a component that the pipeline does not list, such as a refiner's denoiser
 ) -> dict[str, int]:  # bytes, by component
     "What the weights of each component take in a number format, from the files' headers."
     width, sizes = (4 if dtype == "float32" else 2), {}
-    for path in [*weight_files(folder), *(sorted(extra.glob("*.safetensors")) if extra else [])]:
+    for path in weight_files(folder):
         sizes[path.parent.name] = sizes.get(path.parent.name, 0) + width * numbers([path])
     return sizes
 
@@ -156,10 +155,9 @@ def _installed(package: str) -> bool:
 # %% ../nbs/19_failures.ipynb #fbf79673
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces); a guess, since none was measured
 
-def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, extra: Path | None,
-                  quantized: bool) -> ModelError:
+def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, quantized: bool) -> ModelError:
     "What is needed, what there is, and what fits."
-    needed = sum(component_bytes(card.folder, dtype, extra).values())
+    needed = sum(component_bytes(card.folder, dtype).values())
     text = f"the weights of {card.name} take {needed / 1e9:.3g} GB in {dtype}"
     text += ", less with SDWORKER_QUANTIZE" if quantized else ""
     if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)  # also under offloading
@@ -170,7 +168,7 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, ex
         room = free + torch.cuda.memory_reserved()  # what a load that was cut off still holds is its own
     except RuntimeError:  # not even a context fits
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
-    sizes = component_bytes(card.folder, "float16", extra)
+    sizes = component_bytes(card.folder, "float16")
     ways = " or ".join(fitting_settings(sizes, card.denoiser, room, dtype, quantized))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {ways}, or "
                       "choose a GPU with more memory.", lasting=not quantized and needed > total - _CONTEXT)
@@ -183,15 +181,15 @@ def load_error(
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     error: Exception,  # from the libraries that load
-    extra: Path | None = None,  # a component that the model does not list, if that was being loaded
+    folder: Path | None = None,  # what was being loaded; default: the model's
     quantized: bool = False,  # whether some weights are to have fewer bits
 ) -> ModelError:
     "What an error means that was raised while loading a model."
-    where, reason = extra or card.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
+    where, reason = folder or card.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
     if loss := device_loss(error):
         return _device_error(loss)
     if memory_is_out(error):
-        return _memory_error(card, device, dtype, error, extra, quantized)
+        return _memory_error(card, device, dtype, error, quantized)
     if may_pass := _disk_or_network(error):
         return ModelError(f"{card.name} cannot be loaded from {where} at present ({may_pass}); see to the disk or "
                           "volume and to the network, and try again.")
