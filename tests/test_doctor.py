@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from sdworker.bake import bake, set_writable
-from sdworker.card import EMBEDDED
+from sdworker.card import EMBEDDED, read_card
 from sdworker.families import FAMILIES
 from sdworker.loopback import work
-from sdworker.miniatures import MINIATURES, miniature
+from sdworker.memory import SPARE, Way, meta_components, needed
+from sdworker.miniatures import MINIATURES, miniature, with_refiner
 from sdworker.modelhub import Hub
 
 OURS = [sys.executable, "-m", "sdworker.cli", "start"]
@@ -125,6 +126,15 @@ def test_every_family_is_looked_at(pipeline, tmp_path):
     sliceable = "works" if pipeline.startswith(("Stable", "Latent")) and "3" not in pipeline else "cannot be sliced"
     assert sliceable in findings["attention"]["found"]
     assert "anew" not in json.dumps(findings)
+
+
+def test_a_refiner_has_to_fit_too(tmp_path):
+    models = EMBEDDED, with_refiner(tmp_path / "model")
+    base, both = (needed(meta_components(read_card(model), "float16"), Way(), 64, 64) for model in models)
+    plant = CARD.format(cuda=12080, free=SPARE + (base + both) / 2, capability=(8, 9))
+    alone, refined = (call(plant, tmp_path, SDWORKER_MODEL=str(model), SDWORKER_MAX_BATCH="1")[1]["memory"]
+                      for model in models)
+    assert (alone["state"], refined["state"]) == ("pass", "warn") and "SDWORKER_OFFLOAD=" in refined["remedy"]
 
 
 def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
