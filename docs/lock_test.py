@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -128,6 +129,10 @@ def test() -> str:
 
 def main() -> None:
     "Do all of it, and write it down."
+    here, wanted = sysconfig.get_python_version(), re.search(r"CPython (\S+)", LOCK.read_text())[1]
+    if here != wanted:
+        sys.exit(f"docs/lock_test.py: worker.lock needs Python {wanted}, and .venv has {here}; remove .venv and run "
+                 f"`make PYTHON=python{wanted} lock-test`.")
     for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
         del os.environ[name]  # the worker's own defaults are tried
     lock = sha256(LOCK.read_bytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib.util
 import json
 import os
 import re
@@ -95,3 +96,12 @@ def test_locks_fit_the_requirements(lock, sets):
     for part in sets:
         for wanted in map(Requirement, settings["DEFAULT"][f"{part}requirements"].split()):
             assert locked[canonicalize_name(wanted.name)] in wanted.specifier, f"{wanted} is not what is locked"
+
+
+def test_the_lock_is_tried_with_its_own_python_only(monkeypatch):
+    spec = importlib.util.spec_from_file_location("lock_test", ROOT / "docs" / "lock_test.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    monkeypatch.setattr(module, "install", lambda lock: pytest.fail("pip would refuse the lock, after a download"))
+    monkeypatch.setattr("sysconfig.get_python_version", lambda: "3.12")
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11, and \.venv has 3\.12; .* `make PYTHON=python3\.11 lock"):
+        module.main()
