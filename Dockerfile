@@ -5,8 +5,12 @@
 #   docker build -t sdworker --build-arg BAKE=0 .           without a model
 #   docker build -t sdworker --secret id=hf_token,src=$HOME/.cache/huggingface/token \
 #       --build-arg MODEL_ID=... --build-arg MODEL_REVISION=... .                         a gated model
-#   docker build -t sdworker --build-arg CAPSULE=cpu .      with the model compiled; cuda: on a machine with the GPU
-#   docker build -t sdworker --build-arg COMPILE_CACHE=cpu .    with a cache for torch.compile; cuda: as above
+#   docker build -t sdworker --build-arg CAPSULE=cpu .      with the model compiled
+#   docker build -t sdworker --build-arg CAPSULE=cuda --build-arg BASE_IMAGE=... .    for the GPU that the build sees
+#   docker build -t sdworker --build-arg COMPILE_CACHE=cpu .    with a cache for torch.compile; cuda: for that GPU
+#
+# CAPSULE=cuda needs CUDA's headers, which the base below lacks: BASE_IMAGE must have apt-get, Python 3.11 as python3,
+# and the toolkit of CUDA 12.8. It is shipped with all that is in it. CAPSULE=cpu takes the base as it is.
 #
 # `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
 

@@ -85,7 +85,7 @@ NO_INPUT = {
     "baked": "a folder of the image", "volume": "where RunPod mounts it", "capsules": "a folder of the image",
     "quantize": "the image has neither torchao nor bitsandbytes",
     "make_capsule": "the image has no C++ compiler and no CUDA headers",
-    "engine": "the image has a capsule only if it is built with CAPSULE",
+    "engine": "the image has a capsule only if it is built with CAPSULE, for a GPU on a base with CUDA's toolkit",
     "compile": "the image has a compiler, and a cache of its work, only if it is built with COMPILE_CACHE"}
 NO_OPTION = {"flex": "it saves memory only where it is compiled, and the image has no C compiler"}  # of attention
 SHOWN_FIRST = ("profile", "model", "max_images", "max_side")  # the rest is under "advanced"
