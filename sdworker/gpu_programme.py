@@ -203,7 +203,7 @@ def to_carry(
     there: Mapping[str, str],  # from `installed_there`
     python: str = "3.12",  # version there
 ) -> dict[str, str]:  # version by name
-    "The packages to carry. Raises ValueError if torch there does not fit."
+    "The packages to carry. Raises ValueError if torch there does not fit, or if a package is not here."
     carried: dict[str, str] = {}
 
     def of(one: Requirement) -> Iterable[str]:
@@ -212,7 +212,11 @@ def to_carry(
             return ()
         if name == "torch":
             raise ValueError(f"torch is {there.get(name, 'missing')} on the other machine, and {one} is needed.")
-        here = importlib.metadata.distribution(one.name)
+        try:
+            here = importlib.metadata.distribution(one.name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f"{one} is needed on the other machine, and is not installed here; run `make venv`, and "
+                             "this again with .venv/bin/python.") from None
         carried[name] = here.version
         return here.requires or ()
     reach(requirements, of, python_version=python, python_full_version=f"{python}.0")
@@ -224,7 +228,7 @@ def download_wheels(
     to: Path,  # folder; what else is in it is removed
     python: str = "3.12",
 ) -> list[Path]:
-    "Have the wheels of these packages, and no others, in a folder."
+    "Have the wheels of these packages, and no others, in a folder. Raises ValueError if pip finds one nowhere."
     to.mkdir(parents=True, exist_ok=True)
 
     def wheel(name: str) -> Path | None:
@@ -232,9 +236,13 @@ def download_wheels(
         return next((path for path in to.glob("*.whl") if path.name.lower().startswith(start)), None)
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     if missing := [f"{name}=={version}" for name, version in packages.items() if not wheel(name)]:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-                        "--python-version", python, "--implementation", "cp", *platforms, "-d", str(to), *missing],
-                       check=True)
+        ended = subprocess.run([sys.executable, "-m", "pip", "download", "-qq", "--no-color", "--no-deps",
+                                "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
+                                *platforms, "-d", str(to), *missing], stderr=subprocess.PIPE, text=True)
+        if ended.returncode:
+            reason = ended.stderr.strip().rpartition("\n")[2]
+            raise ValueError(f"pip has not fetched the wheels ({reason}); see that its index is reached and has them "
+                             f"for Python {python}.")
     wheels = [path for name in packages if (path := wheel(name))]
     for other in set(to.glob("*.whl")) - set(wheels):
         other.unlink()
