@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import ModelError, read_card
+from .gpu_checks import DRAWING
 from .gpu_report import Report, Setup, device_seconds, matmul_rates, run_script, sdxl_folder
 from .loopback import work
 from .measure import psnr, timed, write_result
@@ -321,7 +322,7 @@ def job_overhead(
     rows = {}
     for job in (one["id"] for one in jobs[1:]):
         timings, whole = shift.answers[job]["output"]["timings"], shift.seconds[job] - shift.taken[job]
-        drawing = sum(timings[stage] for stage in ("encode", "denoise", "decode"))
+        drawing = sum(timings[stage] for stage in DRAWING)
         rows[job] = {"whole": whole, "in the worker": timings["total"], "beside drawing": whole - drawing}
     return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))
             for form in ("png", "jpeg")} | {"jobs": rows}
