@@ -216,7 +216,7 @@ def _state(part: Path) -> dict[str, Any]:
     earlier = json.loads(part.read_text(encoding="utf-8")) if part.exists() else state
     if same_kind(earlier["machine"], state["machine"]):
         state |= {name: earlier.get(name, {}) for name in ("done", "failed")}
-        if doing := earlier.get("doing"):
+        if (doing := earlier.get("doing")) and time.time() < (doing.get("cut_at") or float("inf")):
             _failed(state, doing["row"], "the process that measured it ended" + (
                 f"; it is ended after {doing['limit']:.0f} s" if doing["limit"] else ""))
     return state
@@ -248,20 +248,22 @@ def run(
     part: Path,  # JSON of what is done; removed at the end
     minutes: float = float("inf"),  # for all of it
     tell: Callable[[int, int, str], None] = lambda done, total, doing: None,
-    seconds: Mapping[str, float] = {},  # by name what a row takes; it is ended after three times that, or with the call
+    seconds: Mapping[str, float] = {},  # by name what a row takes; ended after three times that, or 15 s after the call
 ) -> dict[str, Any] | None:  # by name; None: there is more to do
     "Measure all that is not measured yet; a row that failed twice is its error."
-    state, end = _state(part), time.perf_counter() + 60 * minutes
+    state, end, first = _state(part), time.perf_counter() + 60 * minutes, True
     for name in sorted(suite, key=lambda name: name in state["failed"]):
         if name in state["done"]:
             continue
-        left = end - time.perf_counter()
-        limit = min(3 * seconds.get(name, 0), max(left, 0) + 30)  # within the call, which something may end
-        if left < seconds.get(name, 0):
-            state["missing"][name] = f"takes about {seconds.get(name, 0):.0f} s, and {max(left, 0):.0f} s are left"
+        left, usual = end - time.perf_counter(), seconds.get(name, 0)
+        if left < usual:
+            state["missing"][name] = f"takes about {usual:.0f} s, and {max(left, 0):.0f} s are left"
             continue
+        limit = min(3 * usual, left + 15)
+        cut_at = time.time() + limit if limit < 3 * usual and not first else None  # another call has more time for it
+        first = False
         tell(len(state["done"]), len(suite), name)
-        _write(part, state | {"doing": {"row": name, "of": len(suite), "limit": limit}})
+        _write(part, state | {"doing": {"row": name, "of": len(suite), "limit": limit, "cut_at": cut_at}})
         try:
             if limit:
                 faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
@@ -304,13 +306,16 @@ def supervise(
                 time.sleep(0.2)
                 with suppress(OSError, KeyError):  # it is not there yet, or no row is under way
                     state = json.loads(part.read_bytes())
-                    now = len(state["done"]), state["doing"]["of"], state["doing"]["row"]
-                    if now != told:
-                        tell(*now)
-                        told = now
+                    at = len(state["done"]), state["doing"]["of"], state["doing"]["row"]
+                    if at != told:
+                        tell(*at)
+                        told = at
         finally:
+            interrupted = process.poll() is None
             process.kill()
             process.wait()
+            if interrupted and part.exists() and (now := part.read_bytes()) != before:  # its row has not failed
+                _write(part, {name: value for name, value in json.loads(now).items() if name != "doing"})
         if process.returncode in (0, 3):
             return process.returncode == 0
         if not part.exists() or part.read_bytes() == before:
@@ -622,13 +627,15 @@ def _bench_cpu(path: Path, tiny: bool, only: str, tell: Callable[[int, int, str]
 
 # %% ../nbs/97_bench.ipynb #e5e10001
 _GPU = """
-import json, sys
+import json, sys, time
+begun = time.perf_counter()
 from pathlib import Path
 from sdworker.bench import _part, _recorded, SECONDS, gpu_suite, run
 
 model, device, tiny, path, minutes = json.loads(sys.argv[1])
 suite, path = gpu_suite(Path(model), device, tiny), Path(path)
 seconds = {} if tiny else {name: SECONDS.get(name, 60) for name in suite}
+minutes -= (time.perf_counter() - begun) / 60  # of the call, too, libraries are imported
 measured = run(suite, _part(path), minutes, seconds=seconds)
 sys.exit(0 if measured and _recorded("gpu", tiny, measured, path) else 3)
 """

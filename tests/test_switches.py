@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,6 +16,7 @@ from sdworker.card import EMBEDDED, ModelError, read_card
 from sdworker.compiling import fill_cache
 from sdworker.embedded import pairs
 from sdworker.engine import generate
+from sdworker.measure import machine
 from sdworker.profiles import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
 from sdworker.quality import draw_pairs, held, switched
 
@@ -166,13 +167,15 @@ def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    part = tmp_path / ".bench-gpu-tiny.part.json"
+    part.write_text(json.dumps({"machine": machine(), "done": {"roofline": {"share": 0.5}}}))
     command = [sys.executable, "-m", "sdworker.cli", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
-               "--to", str(tmp_path), "--minutes", "0.05"]
+               "--to", str(tmp_path), "--minutes", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "call again to go on" in done.stderr
     assert "not measured yet: switch offload: sequential: takes about" in done.stderr
-    part = json.loads((tmp_path / ".bench-gpu-tiny.part.json").read_text())
-    assert "roofline" in part["done"] and not (tmp_path / "bench-gpu-tiny.json").exists()
+    assert json.loads(part.read_text())["done"] == {"roofline": {"share": 0.5}}
+    assert not (tmp_path / "bench-gpu-tiny.json").exists()
 
 
 def test_a_row_that_hangs_is_ended_and_the_others_are_measured(tmp_path):
@@ -194,3 +197,66 @@ Path(sys.argv[2]).write_text(json.dumps(rows))
     assert supervise(begin, part, 10) and len(begun) == 3
     assert json.loads(record.read_text()) == {
         "hangs": {"failed": "the process that measured it ended; it is ended after 3 s", "tries": 2}, "other": 1}
+
+
+def test_a_row_that_the_end_of_its_call_cuts_off_is_run_again(tmp_path):
+    script = """
+import faulthandler, json, os, sys, time
+from pathlib import Path
+from sdworker.bench import run
+
+call, minutes, later, part, record = json.loads(sys.argv[1])
+now = time.time
+time.time = lambda: now() + later
+if call < 3:
+    faulthandler.dump_traceback_later = lambda *_, **more: os._exit(1)  # as if the limit were reached at once
+rows = run({f"first of call {call}": lambda: 1, "slow": lambda: 2}, Path(part), minutes, seconds={"slow": 600})
+if rows is None:
+    sys.exit(3)
+Path(record).write_text(json.dumps(rows))
+"""
+    part, record = tmp_path / "part.json", tmp_path / "rows.json"
+    for call in (1, 2, 3):  # of 20 minutes, less than three times what the slow row takes
+        begun = []
+
+        def begin(minutes, call=call, begun=begun):
+            begun.append(minutes)  # the second process begins after the call's end
+            given = [call, *((20, 0) if len(begun) == 1 else (-1, 1500)), str(part), str(record)]
+            return subprocess.Popen([sys.executable, "-c", script, json.dumps(given)])
+        assert supervise(begin, part, 20) == (call == 3)
+        assert call == 3 or (len(begun) == 2 and json.loads(part.read_text())["failed"] == {})
+    assert json.loads(record.read_text()) == {"first of call 3": 1, "slow": 2}
+
+
+def test_a_row_that_is_interrupted_is_run_again(tmp_path):
+    script = """
+import json, sys, time
+from pathlib import Path
+from sdworker.bench import run
+
+rows = run({"row": lambda: time.sleep(float(sys.argv[1]))}, Path(sys.argv[2]))
+Path(sys.argv[3]).write_text(json.dumps(rows))
+"""
+    part, record = tmp_path / "part.json", tmp_path / "rows.json"
+
+    def begin(seconds, minutes):
+        return subprocess.Popen([sys.executable, "-c", script, str(seconds), str(part), str(record)])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        supervise(partial(begin, 600), part, 10, interrupt)
+    assert json.loads(part.read_text()).keys() == {"machine", "done", "failed", "missing"}, "no row is under way"
+    assert supervise(partial(begin, 0), part, 10) and json.loads(record.read_text()) == {"row": None}
+
+
+def test_an_interrupt_does_not_excuse_a_row_that_ended_its_process_before(tmp_path):
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps({"done": {}, "doing": {"row": "crashes", "of": 1}}))
+    before = part.read_bytes()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        supervise(lambda minutes: subprocess.Popen(["sleep", "600"]), part, 10, interrupt)
+    assert part.read_bytes() == before
