@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'FITS', 'WORKERS', 'IMAGES', 'DEVICE', 'pack', 'unpack', 'bake', 'fits', 'bake_aot', 'workers_of', 'start',
-           'start_all', 'measure_aot', 'measure_starts', 'starts_table', 'aot_table']
+           'start_all', 'starts_of', 'measure_aot', 'measure_starts', 'starts_table', 'aot_table']
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00003
 import io
@@ -146,18 +146,23 @@ def start_all(
     workers: Mapping[str, tuple[list[str], dict[str, str]]],  # by name
     cold: list[Path],  # files to drop from the page cache before each
     turns: int,
-) -> dict[str, Any]:  # by name a summary of seconds, "rows" and "taken" of the median start, "cold"
+) -> None:
     "Start each worker so many times, as far as there is time."
     setup, request = report.setup, image_request(report.setup.dry)
     payload = whole_job(read_card(sdxl_folder(setup)), width=request["width"], height=request["height"],
                         num_inference_steps=request["steps"])
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for turn in range(1, turns + 1):
         for name, worker in workers.items():
-            longest = max((run["seconds"] for done in runs.values() for run in done), default=25)
-            runs[name] += filter(None, [report.part(
-                f"{name} #{turn}", partial(start, worker, payload, cold, min(120, setup.seconds_left())),
-                1.3 * longest + 5)])
+            longest = max((one["max"] for one in starts_of(report).values()), default=25)
+            report.part(f"{name} #{turn}", partial(start, worker, payload, cold, min(120, setup.seconds_left())),
+                        1.3 * longest + 5)
+
+def starts_of(
+    report: Report,
+) -> dict[str, Any]:  # by name a summary of seconds, "rows" and "taken" of the median start, "cold"
+    "What `start_all` has measured so far."
+    runs = {name: [part["result"] for key, part in report.parts.items()
+                   if key.startswith(f"{name} #") and "result" in part] for name in WORKERS}
     return {name: summary([run["seconds"] for run in done]) | {
         "rows": median_run(done)["rows"], "taken": median_run(done)["taken"],
         "cold": all(run["cold"] for run in done), "turns": len(done)} for name, done in runs.items() if done}
@@ -177,14 +182,22 @@ def measure_aot(
     only: Sequence[str] = (),  # see `Report`
 ) -> Report:
     "The stage that measures what was compiled; to `capsule-cuda.json`, dry to `capsule-dry.json`. Raises `ModelError`."
-    aot, model, request = unpack(setup), sdxl_folder(setup), image_request(setup.dry)
+    aot, model = unpack(setup), sdxl_folder(setup)
     if not aot:
         raise ModelError("nothing has been compiled ahead of time here; run the stage that does first.")
-    report, workers = Report(setup, "aot", only), workers_of(setup, aot)
+    report = Report(setup, "aot", only)
+    try:
+        _measure_aot(report, model, aot)
+    finally:  # also if the stage is interrupted
+        _write_aot(report)
+    return report
+
+def _measure_aot(report: Report, model: Path, aot: Path) -> None:
+    "Run all parts of the stage."
+    setup, request, workers = report.setup, image_request(report.setup.dry), workers_of(report.setup, aot)
     cold, turns = [*libraries(), *weight_files(model), *aot.iterdir()], 1 if setup.dry else 2
-    starts = start_all(report, {name: workers[name] for name in ("capsule", "pipeline", "naive")}, cold, turns)
-    if alone := report.part("import torch", lambda: torch_alone(cold), 10):
-        starts["import_torch"] = summary([alone])
+    start_all(report, {name: workers[name] for name in ("capsule", "pipeline", "naive")}, cold, turns)
+    report.part("import torch", lambda: torch_alone(cold), 10)
 
     def images(compiler: str, *batches: int) -> dict[str, Any]:
         cache = setup.scratch / "inductor" / f"images-{time.time():.0f}"  # see `way_in_process`
@@ -193,17 +206,16 @@ def measure_aot(
                           TORCHINDUCTOR_CACHE_DIR=str(cache))
     report.part("images", lambda: images("", 1, 4), 10 if setup.dry else 60)
     report.part("compile", lambda: images("eager" if setup.dry else "inductor", 1), 10 if setup.dry else 130)
-    _write_aot(report, starts)
-    return report
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00023
 def _write_aot(
     report: Report,
-    starts: Mapping[str, Any],  # from `start_all`, and "import_torch"
 ) -> dict[str, Any]:  # what was written
-    "Write the record of compiled code in the form that `aot_table` reads."
-    setup, request = report.setup, image_request(report.setup.dry)
+    "Write what the stage has so far in the form that `aot_table` reads."
+    setup, request, starts = report.setup, image_request(report.setup.dry), starts_of(report)
     parts = report.parts | Report(setup, "aot-bake").parts
+    if alone := parts.get("import torch", {}).get("result"):
+        starts["import_torch"] = summary([alone])
     return write_result(setup.out / f"capsule-{'dry' if setup.dry else 'cuda'}.json", {
         "gpu": report.gpu, "dry": setup.dry, "side": request["width"], "steps": request["steps"], "starts": starts,
         **{name: parts.get(name, {}).get("result") for name in ("bake", "images", "compile")}},
@@ -234,17 +246,29 @@ def measure_starts(
     report, model, aot = Report(setup, "coldstart", only), sdxl_folder(setup), unpack(setup)
     files = weight_files(model)
     cold = [*libraries(), *files, *(aot.iterdir() if aot else ())]
-    starts = start_all(report, workers_of(setup, aot), cold, 1 if setup.dry else 2)
-    floors = {"import torch": report.part("import torch", lambda: torch_alone(cold), 10),
-              "read the weights": report.part("read the weights", lambda: read_floor(files), 10)}
-    floors |= report.part("device", lambda: run_script(DEVICE, 120, setup.device, *map(str, files)), 20) or {}
-    write_result(setup.out / f"coldstart-{'dry' if setup.dry else 'gpu'}.json", {
-        "gpu": report.gpu, "dry": setup.dry, "side": image_request(setup.dry)["width"],
-        "steps": image_request(setup.dry)["steps"], "bytes": sum(path.stat().st_size for path in files),
-        "starts": starts, "floors": {name: seconds for name, seconds in floors.items() if seconds is not None}},
+    try:
+        start_all(report, workers_of(setup, aot), cold, 1 if setup.dry else 2)
+        report.part("import torch", lambda: torch_alone(cold), 10)
+        report.part("read the weights", lambda: read_floor(files), 10)
+        report.part("device", lambda: run_script(DEVICE, 120, setup.device, *map(str, files)), 20)
+    finally:  # also if the stage is interrupted
+        _write_starts(report, sum(path.stat().st_size for path in files))
+    return report
+
+# %% ../nbs/97d_gpu_starts.ipynb #97d00036
+def _write_starts(
+    report: Report,
+    size: int,  # bytes of weights
+) -> dict[str, Any]:  # what was written
+    "Write what the stage has so far in the form that `starts_table` reads."
+    setup, request = report.setup, image_request(report.setup.dry)
+    results = {name: part["result"] for name, part in report.parts.items() if "result" in part}
+    floors = {name: results[name] for name in ("import torch", "read the weights") if name in results}
+    return write_result(setup.out / f"coldstart-{'dry' if setup.dry else 'gpu'}.json", {
+        "gpu": report.gpu, "dry": setup.dry, "side": request["width"], "steps": request["steps"], "bytes": size,
+        "starts": starts_of(report), "floors": floors | results.get("device", {})},
         "from exec to the first answer at the queue, libraries and weights dropped from the cache before each start, "
         "interleaved; SDXL's shapes, random weights")
-    return report
 
 # %% ../nbs/97d_gpu_starts.ipynb #97d00029
 def _start_rows(starts: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
