@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from sdworker import gpu_headline
+from sdworker.bench import table
 from sdworker.capsule import find_capsule
 from sdworker.card import EMBEDDED, read_card, read_json
+from sdworker.gpu_checks import checks_table
 from sdworker.gpu_headline import headline, headline_table, way_in_process
 from sdworker.gpu_report import Setup
 from sdworker.gpu_starts import aot_table, measure_aot, measure_starts, start, starts_table
@@ -99,9 +101,16 @@ RECORDS = {  # made up: no machine has measured them
         "bytes": 6.94e9, "starts": {"pipeline": START, "naive": START}, "floors": {"import torch": 1.0}},
     "gpu-families": INVENTED | {"parts": {
         "half precision": {"result": {"tests": {"PASSED": 90, "FAILED": 1}, "failed": ["test_families.py::test_x"]}},
-        "float32": {"error": "ChildProcessError: killed after 300 s", "tries": 1}}}}
+        "float32": {"error": "ChildProcessError: killed after 300 s", "tries": 1}}},
+    "gpu-check": INVENTED | {"parts": {
+        "worker": {"seconds": 31.2, "result": {"passed": True}},
+        "capsule": {"seconds": 1.0, "error": "OSError: no nvcc", "tries": 1}}},
+    "bench-gpu": {"date": "2000-01-01", "machine": {"gpu": "an invented GPU", "torch": "0.0"}, "tiny": False, "rows": {
+        "switch bfloat16": {"time": IMAGES, "turns": 3, "peak": 9e9, "psnr": 60.0, "least": 40},
+        "switch attention: flex": {"failed": "an error", "tries": 2}}}}
 PLACES = [("97c_gpu_headline", "headline-gpu"), ("98_claims", "headline-gpu"), ("95_compiled", "capsule-cuda"),
-          ("93_proof", "coldstart-gpu"), ("02a_families", "gpu-families")]
+          ("93_proof", "coldstart-gpu"), ("02a_families", "gpu-families"), ("97b_gpu_checks", "gpu-check"),
+          ("97_bench", "bench-gpu")]
 
 
 @pytest.mark.parametrize(("notebook", "name"), PLACES)
@@ -112,20 +121,21 @@ def test_a_table_waits_for_its_record(notebook, name, partly, tmp_path, monkeypa
              if cell["cell_type"] == "code"]
     source = next(text for text in cells if f"../results/{name}.json" in text)
     names = {"Path": Path, "json": json, "read_json": read_json, "Markdown": lambda text: shown.append(text),
-             "headline_table": headline_table, "plot_headline": gpu_headline.plot_headline}
+             "headline_table": headline_table, "plot_headline": gpu_headline.plot_headline,
+             "checks_table": checks_table, "table": table, "as_markdown": lambda lines: "\n".join(map(str, lines))}
     shown: list[str] = []
     for folder in ("nbs", "results"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "nbs")
     exec(source, dict(names))
-    assert "not measured" in shown.pop() and not shown
+    assert "not measured" in shown.pop().lower() and not shown
     missing = dict.fromkeys(("rates", "operations", "jobs", "bake", "images", "compile")) if partly else {}
     record = RECORDS[name] | {key: value for key, value in missing.items() if key in RECORDS[name]}
     if partly:
-        record |= {key: {} for key in ("ways", "starts", "floors", "failed", "parts") if key in record}
+        record |= {key: {} for key in ("ways", "starts", "floors", "failed", "parts", "rows") if key in record}
     Path("../results", f"{name}.json").write_text(json.dumps(record))
     exec(source, dict(names))
     if notebook == "98_claims" and partly:
         assert "not measured" in shown[0], "no way was measured"
     else:
-        assert "an invented GPU" in shown[0] and "not measured" not in shown[0]
+        assert "an invented GPU" in shown[0] and "not measured" not in shown[0].lower()
