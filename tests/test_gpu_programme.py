@@ -1,6 +1,8 @@
 """The GPU programme in small on a processor: its stages run, keep what they have, and go on with it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sdworker.bench import SECONDS
 from sdworker.gpu_checks import FORMATS, families, verdict
 from sdworker.gpu_programme import STAGES, project_requirements, reach, run
 from sdworker.gpu_report import Setup
+from sdworker.measure import machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,3 +91,25 @@ def test_every_stage_has_a_function():
     from sdworker.gpu_programme import stage_function
 
     assert all(callable(stage_function(name)) for name in STAGES)
+
+
+def test_the_benchmark_is_interrupted_and_goes_on_with_what_it_has(tmp_path):
+    """Interrupted as by its limit, but when a row is under way, however long that takes: its compiler never ends."""
+    compiler, cut, part = tmp_path / "compiler", "switch compile: regional", tmp_path / "out/.bench-gpu-tiny.part.json"
+    compiler.write_text("#!/bin/sh\nexec sleep 600\n")
+    compiler.chmod(0o755)
+    done = {name: {"not_used": "by another call"} for name in SECONDS if name not in ("switch channels last", cut)}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / part.name).write_text(json.dumps({"machine": machine(), "done": done}))
+    command = [sys.executable, "-m", "sdworker.gpu_programme", "run", "bench", "--dry",
+               *(f"--{name}={tmp_path / name}" for name in ("out", "state", "scratch"))]
+    with subprocess.Popen([*command, "--seconds=3600"], cwd=tmp_path, env=os.environ | {"CXX": str(compiler)},
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+        assert any(line.startswith(f"---- {cut}: ") for line in first.stdout)
+        first.send_signal(signal.SIGINT)
+    kept = json.loads(part.read_text())
+    assert kept["done"] == done | {"switch channels last": kept["done"]["switch channels last"]}
+    assert "psnr" in kept["done"]["switch channels last"]
+    subprocess.run([*command, "--seconds=0"], cwd=tmp_path, capture_output=True)
+    assert json.loads(part.read_text())["done"] == kept["done"], "the row that was cut off has not failed"
+    assert not json.loads(part.read_text())["failed"] and not (tmp_path / "out" / "bench-gpu-tiny.json").exists()
