@@ -94,9 +94,9 @@ def bench_rows(
         record = setup.out / f"{part.stem.removesuffix('.part')[1:]}.json"
         if not (record.exists() or (setup.out / part.name).exists()):
             shutil.copy(part, setup.out)
-    record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60,
-                         tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"),
-                         model=None if setup.dry else sdxl_folder(setup))
+    model = None if setup.dry else sdxl_folder(setup)  # may take a minute of what is left
+    record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60, model=model,
+                         tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"))
     print(f"==== bench: {'all rows are' if record else 'there is more to do; what is done is'} in {path.name}")
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00014
