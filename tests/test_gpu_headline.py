@@ -1,6 +1,7 @@
 """The GPU programme's stages of speed and starts: dry on a processor, and the tables that wait for their records."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdworker import gpu_headline
-from sdworker.bench import table
+from sdworker.bench import table, unused
 from sdworker.capsule import find_capsule
 from sdworker.card import EMBEDDED, read_card, read_json
 from sdworker.gpu_checks import checks_table
@@ -42,7 +43,8 @@ def test_ways_run_in_processes_and_a_later_call_goes_on(setup):
         assert report.parts[way]["result"]["dB"]["latents"] > 60, way
     record = read_json(setup.out / "headline-dry.json")
     shown = headline_table(record)
-    assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "| compiled by blocks | 0." in shown
+    assert record["gpu"]["name"] in shown and "figures mean nothing" in shown
+    assert re.search(r"\| compiled by blocks \| \d", shown)
     (setup.out / "headline.json").rename(setup.out.parent / "headline.json")
     later = Setup(dry=True, out=setup.out / "later", state=setup.out.parent, scratch=setup.scratch, seconds=0)
     again = headline(later)
@@ -122,7 +124,8 @@ def test_a_table_waits_for_its_record(notebook, name, partly, tmp_path, monkeypa
     source = next(text for text in cells if f"../results/{name}.json" in text)
     names = {"Path": Path, "json": json, "read_json": read_json, "Markdown": lambda text: shown.append(text),
              "headline_table": headline_table, "plot_headline": gpu_headline.plot_headline,
-             "checks_table": checks_table, "table": table, "as_markdown": lambda lines: "\n".join(map(str, lines))}
+             "checks_table": checks_table, "table": table, "unused": unused,
+             "as_markdown": lambda lines: "\n".join(map(str, lines))}
     shown: list[str] = []
     for folder in ("nbs", "results"):
         (tmp_path / folder).mkdir()
