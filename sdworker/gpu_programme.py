@@ -454,5 +454,6 @@ def main(
 
 # %% ../nbs/97e_gpu_programme.ipynb #97e00043
 if __name__ == "__main__" and "__file__" in globals():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage, in a session of its own, is ended too
+    for number in (signal.SIGTERM, signal.SIGINT):  # a stage, in a session of its own, is ended too
+        signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore the second
     sys.exit(main())
