@@ -255,12 +255,12 @@ def run(
     for name in sorted(suite, key=lambda name: name in state["failed"]):
         if name in state["done"]:
             continue
-        left, usual = end - time.perf_counter(), seconds.get(name, 0)
-        if left < usual:
-            state["missing"][name] = f"takes about {usual:.0f} s, and {max(left, 0):.0f} s are left"
+        left, expected = end - time.perf_counter(), seconds.get(name, 0)
+        if left < expected:
+            state["missing"][name] = f"takes about {expected:.0f} s, and {max(left, 0):.0f} s are left"
             continue
-        limit = min(3 * usual, left + 15)
-        cut_at = time.time() + limit if limit < 3 * usual and not first else None  # another call has more time for it
+        limit = min(3 * expected, left + 15)
+        cut_at = time.time() + limit if limit < 3 * expected and not first else None  # a later call has longer
         first = False
         tell(len(state["done"]), len(suite), name)
         _write(part, state | {"doing": {"row": name, "of": len(suite), "limit": limit, "cut_at": cut_at}})

@@ -105,10 +105,10 @@ def starts(
                 "TORCHINDUCTOR_CACHE_DIR": scratch, "SDWORKER_MAX_BATCH": "1"}
         cold = libraries() + weight_files(EMBEDDED) + [path for place in capsule_places(settings())
                                                        for path in place.glob("*/*")]
-        whole = Path(scratch, "whole")  # emptied after each start, so that each first job waits for the compiler
-        workers["reduce-overhead"][1]["TORCHINDUCTOR_CACHE_DIR"] = str(whole)
+        cache = Path(scratch, "reduce-overhead")  # emptied after each start: each first job compiles
+        workers["reduce-overhead"][1]["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         runs = in_turn(workers, whole_job(card), repeat, cold if evict(cold) else [],
-                       tell=lambda: shutil.rmtree(whole, ignore_errors=True))
+                       tell=lambda: shutil.rmtree(cache, ignore_errors=True))
     return {mode: median(run["seconds"] for run in found) for mode, found in runs.items()}
 
 # %% ../nbs/95a_breakeven.ipynb #4736c7f3

@@ -133,10 +133,10 @@ def fitting_settings(
     quantized: bool = False,  # already
 ) -> list[str]:  # alternatives, with what each has on the GPU; at least one
     "The settings with which weights fit into a GPU's memory."
-    whole, largest, ways = sum(sizes.values()), max(sizes.values()), []
-    lighter = whole - sizes.get(denoiser, 0) // 2
-    if dtype == "float32" and whole <= room:
-        return [f"SDWORKER_DTYPE=auto ({whole / 1e9:.3g} GB in half precision)"]
+    total, largest, ways = sum(sizes.values()), max(sizes.values()), []
+    lighter = total - sizes.get(denoiser, 0) // 2
+    if dtype == "float32" and total <= room:
+        return [f"SDWORKER_DTYPE=auto ({total / 1e9:.3g} GB in half precision)"]
     if largest <= room:
         ways.append(f"SDWORKER_PROFILE=lowmem or SDWORKER_OFFLOAD=model ({largest / 1e9:.3g} GB at a time)")
     else:
@@ -157,7 +157,8 @@ _CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces);
 
 def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, quantized: bool) -> ModelError:
     "What is needed, what there is, and what fits."
-    needed = sum(component_bytes(card.folder, dtype).values())
+    sizes = component_bytes(card.folder, "float16")
+    needed = sum(sizes.values()) * (2 if dtype == "float32" else 1)
     text = f"the weights of {card.name} take {needed / 1e9:.3g} GB in {dtype}"
     text += ", less with SDWORKER_QUANTIZE" if quantized else ""
     if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)  # also under offloading
@@ -168,7 +169,6 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, qu
         room = free + torch.cuda.memory_reserved()  # what a load that was cut off still holds is its own
     except RuntimeError:  # not even a context fits
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
-    sizes = component_bytes(card.folder, "float16")
     ways = " or ".join(fitting_settings(sizes, card.denoiser, room, dtype, quantized))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {ways}, or "
                       "choose a GPU with more memory.", lasting=not quantized and needed > total - _CONTEXT)
