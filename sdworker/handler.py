@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import usable_caches
 from .card import ModelError, Unsuited, fit
-from .doctor import at_start
 from .files import numbers, weight_files
 from .images import data_uri, pictures_of
 from .imports import import_runpod, without_collector
@@ -36,6 +35,7 @@ from sdworker.load import (
 from .monitor import note, observe, set_up_log
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
+from .start_checks import checks_at_start
 from .weights import prefetch
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
@@ -188,7 +188,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
         log.warning(moved)
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
     smaller = chosen.quantize != "off" or chosen.offload != "none"  # by how much only the load will show
-    check = at_start(chosen, 0 if smaller else weights, log.warning) if queue else None
+    check = checks_at_start(chosen, 0 if smaller else weights, log.warning) if queue else None
     LEDGER.lap("worker")
     if chosen.load == "eager" and not queue:
         _load_first()

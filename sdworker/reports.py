@@ -316,11 +316,12 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from sdworker.doctor import CHECKS, QUICK, as_record, examine
+    from sdworker.doctor import CHECKS, as_record
+    from sdworker.start_checks import QUICK, run_checks
 
     table, findings = Table(box=None, show_header=False), []
     with Console(stderr=True, quiet=as_json or not sys.stderr.isatty()).status("looking"):
-        for one in examine(QUICK if quick else CHECKS):
+        for one in run_checks(QUICK if quick else CHECKS):
             findings.append(one)
             table.add_row(SIGNS[one.state], one.name, escape(one.found) + (f"\n[dim]{escape(one.remedy)}[/]"
                                                                           if one.remedy else ""))

@@ -101,7 +101,8 @@ asked = []
 import sdworker.capsule
 sdworker.capsule.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
 doctor.capsules_in = lambda places: True
-looks = {{name: vars(doctor.look(getattr(doctor, name), settings())) for name in ("memory", "attention", "capsule")}}
+from sdworker.start_checks import run_check
+looks = {{name: vars(run_check(getattr(doctor, name), settings())) for name in ("memory", "attention", "capsule")}}
 print(json.dumps([looks, asked]))
 """
 
