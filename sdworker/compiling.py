@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .capsule import architecture
 from .card import ModelCard, ModelError, read_json
+from .compiler_options import architecture, host_options, quoted_libraries
 from .engine import PipelineEngine, generate
 from .files import write_file
 
@@ -297,8 +297,6 @@ def prepare(
         return 0.0
     from torch._dynamo.utils import counters
     from torch._inductor.runtime import cache_dir_utils
-
-    from sdworker.encapsulate import host_options, quoted_libraries  # which a worker that compiles nothing does without
 
     begun, of = time.perf_counter(), counters["inductor"]
     missed = of["fxgraph_cache_miss"]

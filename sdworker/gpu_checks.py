@@ -64,7 +64,7 @@ def machine_tools(
     setup: Setup,
 ) -> dict[str, Any]:
     "The tools beside Python, and what the worker's own readers report of the GPU."
-    from sdworker.capsule import architecture
+    from sdworker.compiler_options import architecture
     from sdworker.doctor import gpu
 
     commands = {"nvcc": ["nvcc", "--version"], "g++": ["g++", "--version"], "ldconfig": ["ldconfig", "-p"]}
