@@ -26,7 +26,6 @@ from .ledger import LEDGER
 from sdworker.load import (
     ENGINE_THREAD,
     begin_loading,
-    compile_behind,
     give_up,
     initialize_model,
     make_capsule_behind,
@@ -76,7 +75,6 @@ def respond(
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:
         timings["cold_start"] = cold
-        compile_behind(engine)
         make_capsule_behind(engine)
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
@@ -149,9 +147,15 @@ def _load_first() -> None:
     "Wait until the engine's thread has loaded the model; raises `ModelError`."
     ENGINE_THREAD.submit(partial(initialize_model, warm=True)).result()
 
+def _load_in_background() -> None:
+    "Begin to load the model; what is to be compiled is waited for, so that no job is taken meanwhile."
+    loading = begin_loading()
+    if settings().compile != "off":
+        loading.result()
+
 def _queue_options() -> dict[str, Any]:
     "What the SDK is given beside the handler in production."
-    begin = {"background": begin_loading, "eager": _load_first, "lazy": lambda: None}
+    begin = {"background": _load_in_background, "eager": _load_first, "lazy": lambda: None}
     begun, options = [], {}
 
     def concurrency(now: int) -> int:
@@ -203,7 +207,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     if not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, so no fork
         observe(chosen)
         if chosen.load == "background":
-            begin_loading()
+            _load_in_background()
     sys.argv = [sys.argv[0], *arguments]
     try:
         sdk.serverless.start(options)

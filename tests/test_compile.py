@@ -1,19 +1,17 @@
-"""Compiled code beside a worker's own: no job waits for it, and a cache for another machine is named and left alone."""
+"""Compiled code draws from the first job on, and a cache for another machine is named and left alone."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
 from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import beside_jobs, prepare, prepare_behind, use_compile, why_not_compiled
+from sdworker.compiling import is_compiled, prepare, use_compile, why_not_compiled
 from sdworker.engine import PipelineEngine, generate
 from sdworker.images import from_data_uri
 from sdworker.loopback import work
@@ -42,57 +40,58 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("other", [{}, {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}], ids=["here", "older"])
-def test_a_cache_draws_on_every_processor_of_its_kind(cache, patient, other):
+def test_a_cache_draws_on_every_processor_of_its_kind(cache, other):
     """For torch's own key a processor without AVX-512 is the same, and code for one that has it draws noise there."""
-    shift = work([sys.executable, "-c", patient], [job("first"), job("later")], {
-        "SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache), "SDWORKER_MAX_BATCH": "1"} | other,
-        limit=400)
+    shift = work(OURS, [job("first")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache),
+                                        "SDWORKER_MAX_BATCH": "1"} | other, limit=400)
     log = shift.log
-    assert all("output" in answer for answer in shift.answers.values()), (shift.answers, log)
-    first, later = (shift.answers[name]["output"] for name in ("first", "later"))
-    assert log.index("job first:") < log.index("compiled in") < log.index("job later:"), log
-    assert first["warnings"] == later["warnings"] == []
-    assert psnr(*(from_data_uri(answer["images"][0]) for answer in (first, later))) > 40
+    assert "output" in shift.answers["first"], (shift.answers, log)
+    first = shift.answers["first"]["output"]
+    assert log.index("compiled in") < log.index("job first:"), log
+    assert first["warnings"] == []
+    plain = generate(PipelineEngine(read_card(EMBEDDED)), PROMPT, seed=7).pictures[0].image
+    assert psnr(from_data_uri(first["images"][0]), plain) > 40
     assert "failed" not in log and "compiled anew" not in log, log
 
 
-def test_a_thread_that_prepares_does_not_touch_how_a_job_is_tokenized():
-    engine, usual = PipelineEngine(read_card(EMBEDDED)), sys.getswitchinterval()
+COUNTED = """
+import sdworker.handler, sdworker.load
+draw = sdworker.handler._draw
 
-    def lengths(of: PipelineEngine, **how) -> set[int]:
-        return {len(of.pipe.tokenizer("a star", **how).input_ids) for _ in range(30_000)}
-    with ThreadPoolExecutor(2) as pool:
-        sys.setswitchinterval(1e-6)  # with one tokenizer for both, some of these calls take the other's length
-        try:
-            jobs = pool.submit(lengths, engine, padding="max_length", max_length=77, truncation=True)
-            preparing = pool.submit(lengths, beside_jobs(engine), padding="longest")
-            assert (jobs.result(), preparing.result()) == ({77}, {4})
-        finally:
-            sys.setswitchinterval(usual)
-
-
-def test_jobs_are_drawn_as_ever_while_it_compiles(tmp_path):
-    """Where torch records a graph, it does so for the whole process; a job's modules were taken for the graph's."""
-    engine = PipelineEngine(read_card(EMBEDDED))
-    usual = generate(engine, PROMPT, seed=7, steps=4).pictures[0].image.tobytes()
-    with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)):
-        assert use_compile(engine.pipe, "regional", engine.card) == ""
-        preparing, drawn, beside = prepare_behind(engine, 1), [], engine.pipe.unet.forward
-        while len(drawn) < 8 and not beside.ready:  # and then it may go on alone, and faster
-            drawn.append(generate(engine, PROMPT, seed=7, steps=4).pictures[0].image.tobytes())
-        preparing.join()
-    torch.compiler.set_stance("default")
-    assert engine.instead == "" and beside.ready
-    assert len(drawn) == 8 and set(drawn) == {usual}, "one that waited for compiled code would have been the only one"
+def counted(**arguments):
+    import torch
+    calls = []
+    def count(call):
+        return lambda *given, **named: (calls.append(1), call(*given, **named))[1]
+    for module in sdworker.load.initialize_model().pipe.unet.modules():
+        if module._compiled_call_impl:
+            module._compiled_call_impl = count(module._compiled_call_impl)
+    torch.compiler.set_stance("fail_on_recompile")  # nor may a call fall back on plain code
+    drawn = draw(**arguments)
+    print("calls of compiled code:", len(calls), flush=True)
+    return drawn
+sdworker.handler._draw = counted
+sdworker.handler.start()
+"""
 
 
-@pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "FluxPipeline", "QwenImageEditPipeline"])
-def test_with_tokenizers_of_its_own_a_family_draws_the_same(tmp_path, family):
-    engine = FamilyEngine(read_card(miniature(family, tmp_path / "model")))
-    own = beside_jobs(engine)
-    assert getattr(own.pipe, engine.card.denoiser) is getattr(engine.pipe, engine.card.denoiser)
-    both = [generate(one, PROMPT, seed=7, steps=2).pictures[0].image.tobytes() for one in (engine, own)]
-    assert both[0] == both[1]
+@pytest.mark.parametrize("load", ["background", "lazy"])
+def test_the_first_job_is_drawn_by_compiled_code(load, tmp_path):
+    shift = work([sys.executable, "-c", COUNTED], [job("first")], {
+        "SDWORKER_COMPILE": "regional", "SDWORKER_MAX_BATCH": "1", "SDWORKER_LOAD": load,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}, limit=400)
+    log = shift.log
+    assert "output" in shift.answers["first"] and shift.answers["first"]["output"]["warnings"] == [], log
+    card, blocks = read_card(EMBEDDED), 6
+    assert f"calls of compiled code: {blocks * card.steps}\n" in log, log
+    assert log.count("compiled in") == 1
+    if load == "lazy":
+        assert log.index("Started.") < log.index("compiled in") < log.index("the first job waited") < log.index(
+            "job first:"), "within the first job"
+        assert log.count("the first job waited") == 1
+    else:
+        assert log.index("compiled in") < log.index("Started."), "no job is taken before"
+        assert "the first job waited" not in log
 
 
 @pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "ZImagePipeline"])  # names no blocks; grows
@@ -103,8 +102,8 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
     plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
     assert use_compile(engine.pipe, "regional", engine.card) == "" and prepare(engine) and engine.instead == ""
     assert bool(why_not_compiled("reduce-overhead", engine.card, "cpu", "float32")) == engine.card.family.grows
-    with torch.compiler.set_stance("fail_on_recompile"), patch.object(
-            engine.pipe.transformer.forward, "plain", side_effect=AssertionError("plain code drew")):
+    assert is_compiled(engine.pipe.transformer)
+    with torch.compiler.set_stance("fail_on_recompile"):
         for usual, job in zip(plain, jobs, strict=True):
             assert psnr(usual, generate(engine, **job, seed=7, steps=2).pictures[0].image) > 50
 
@@ -138,7 +137,7 @@ def watched(*given, **more):
     engine.pipe.unet.register_forward_pre_hook(drawn)
     import torch
     compiler = torch.compile  # of which the first half, that traces, is enough here
-    torch.compile = lambda module, fullgraph, options: compiler(module, fullgraph=fullgraph, backend="eager")
+    torch.compile = lambda module, mode, fullgraph: compiler(module, fullgraph=fullgraph, backend="eager")
     return engine
 sdworker.load.pipeline_for = watched
 sdworker.handler.start()
@@ -164,13 +163,13 @@ def test_one_thread_loads_and_compiles_and_draws(load):
 CACHED = """
 import logging
 from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import prepare, use_compile
+from sdworker.compiling import is_compiled, prepare, use_compile
 from sdworker.whole import FamilyEngine
 logging.basicConfig(level="INFO", format="%(message)s")
 engine = FamilyEngine(read_card(EMBEDDED, "embedded"))
 assert use_compile(engine.pipe, "cached", engine.card, most=1) == ""
 prepare(engine)
-assert engine.pipe.unet.forward.ready and not engine.instead, engine.instead
+assert is_compiled(engine.pipe.unet) and not engine.instead, engine.instead
 """
 
 

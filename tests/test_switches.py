@@ -13,7 +13,7 @@ import torch
 
 from sdworker.bench import supervise
 from sdworker.card import EMBEDDED, ModelError, read_card
-from sdworker.compiling import fill_cache
+from sdworker.compiling import fill_cache, is_compiled
 from sdworker.embedded import pairs
 from sdworker.engine import generate
 from sdworker.measure import machine
@@ -72,7 +72,7 @@ def state(engine):
     attention = {(type(one).__name__, str(getattr(one, "backend", ""))) for one in pipe.unet.attn_processors.values()}
     return (attention, pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.dtype, hasattr(pipe.unet, "_hf_hook"),
             pipe.unet.conv_in.weight.stride(), type(pipe.unet.forward).__name__, pipe.unet.mid_block.forward.__name__,
-            type(pipe.unet.time_embedding.linear_1.weight).__name__)
+            type(pipe.unet.time_embedding.linear_1.weight).__name__, is_compiled(pipe.unet))
 
 
 @pytest.mark.parametrize("name", SWITCHES)
