@@ -730,6 +730,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sdworker.measure.compare': ('measure.html#compare', 'sdworker/measure.py'),
                                   'sdworker.measure.machine': ('measure.html#machine', 'sdworker/measure.py'),
                                   'sdworker.measure.mark': ('measure.html#mark', 'sdworker/measure.py'),
+                                  'sdworker.measure.measured_on': ('measure.html#measured_on', 'sdworker/measure.py'),
                                   'sdworker.measure.processor_name': ('measure.html#processor_name', 'sdworker/measure.py'),
                                   'sdworker.measure.psnr': ('measure.html#psnr', 'sdworker/measure.py'),
                                   'sdworker.measure.summary': ('measure.html#summary', 'sdworker/measure.py'),
