@@ -138,7 +138,7 @@ def _go_on(missing: dict[str, str], path: Path) -> NoReturn:
 def plan(
     trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz: arrival, seconds, images.")] = None,
     a_day: Annotated[float, typer.Option("--requests", help="Requests a day, where there is no trace.")] = 1000,
-    seconds: Annotated[float, typer.Option(help="That one takes, on average.")] = 5,
+    seconds: Annotated[float | None, typer.Option(help="That one takes, on average; else estimated for --gpu.")] = None,
     swing: Annotated[float, typer.Option(min=0, max=1, help="Of the daily rate around its mean.")] = 0.5,
     burst: Annotated[int, typer.Option(min=1, help="Requests that come together.")] = 1,
     least: Annotated[int, typer.Option("--min", help="Workers that are always there.")] = 1,
@@ -148,8 +148,8 @@ def plan(
     flashboot: Annotated[float, typer.Option(help="Share of starts that it shortens: yours to assume.")] = 0,
     delay: Annotated[float, typer.Option(help="Seconds in the queue after which a worker is started.")] = 4,
     count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker: scales by them instead.")] = None,
-    discount: Annotated[float, typer.Option(min=0, max=1, help="Of always-on workers, as RunPod grants it.")] = 0,
-    gpu: Annotated[str, typer.Option(help="Whose price counts, such as A4000, 4090, A100, H100.")] = "4090",
+    discount: Annotated[float, typer.Option(min=0, max=1, help="Of always-on workers, if RunPod grants you one.")] = 0,
+    gpu: Annotated[str, typer.Option(help="Its price, and an image's seconds, such as A4000, 4090, A100.")] = "4090",
     values: Annotated[Literal["none", "default"], typer.Option("--grid", help="60 settings around it.")] = "none",
     goal: Annotated[str, typer.Option(help="Such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw cost and latency into this .png or .svg file.")] = None,
@@ -168,18 +168,32 @@ def plan(
     with plain_errors(lab.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
         base = lab.Endpoint(least, most, idle, delay, count, cold, flashboot=flashboot,
                             price=lab.price_of(gpu), discount=discount)
-        load = lab.read_trace(trace) if trace else lab.poisson(a_day, seconds, swing=swing, burst=burst)
+        load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
         found = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
     if plot:
         lab.plot(found, plot)
-    typer.echo(json.dumps(found)) if as_json else _show_plan(found)
+    _show_plan(found | {"estimate": estimate}, as_json)
+
+# %% ../nbs/98a_reports.ipynb #b98a0001
+def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **more) -> tuple:
+    "The requests, and how long an image takes on a GPU if that had to be estimated."
+    from sdworker import plan as lab
+
+    if trace:
+        return lab.read_trace(trace), None
+    if seconds is not None:
+        return lab.poisson(a_day, seconds, **more), None
+    low, high = lab.image_seconds(gpu)
+    return lab.poisson(a_day, (low + high) / 2, **more), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../nbs/98a_reports.ipynb #ec0c8a85
-def _show_plan(found: dict) -> None:
-    "Print a study as a table."
+def _show_plan(found: dict, as_json: bool) -> None:
+    "Print a study as a table, or as JSON."
     from rich.console import Console
     from rich.table import Table
 
+    if as_json:
+        return typer.echo(json.dumps(found))
     names = {"min": "min", "max": "max", "idle": "idle s", "wait_p50": "wait p50", "wait_p95": "p95",
              "wait_p99": "p99", "latency_p95": "answer p95", "cold": "cold", "cost_day": "$ a day",
              "cost_image": "$ image"}
@@ -190,6 +204,10 @@ def _show_plan(found: dict) -> None:
         table.add_row(mark, *[f"{one[name]:.0%}" if name == "cold" else f"{one[name]:.4f}" if name == "cost_image" else
                               f"{one[name]:.4g}" for name in names])
     Console().print(table)
+    if found["estimate"]:
+        low, high = found["estimate"]["seconds"]
+        typer.echo(f"an image of SDXL takes {(low + high) / 2:.1f} s ({low:.1f} to {high:.1f}) on this GPU, "
+                   f"{found['estimate']['gpu']}: estimated, not measured; give --seconds if you have measured")
     most = max(found["workers"]) or 1
     bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * one / most), 7)] for one in found["workers"])
     typer.echo(f"workers over time, as asked, {most:.1f} at most: {bars}")

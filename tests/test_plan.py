@@ -1,18 +1,46 @@
 """The simulated endpoint against theory, its own rules, and a real trace."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from sdworker.plan import Endpoint, broken_rule, erlang_wait, poisson, read_trace, simulate
+from sdworker.cli import app
+from sdworker.plan import Endpoint, Load, Outcome, poisson, read_trace, simulate
 from sdworker.replay import replay
 
 TRACE = Path(os.environ.get("SDWORKER_DATA", ""), "gentd26-sd-requests-2024-11.csv.gz")
+
+
+def erlang_wait(workers: int, rate: float, seconds: float) -> float:
+    """The mean wait in seconds in a queue with several servers, by Erlang's formula (M/M/c); requests a second."""
+    offered = rate * seconds
+    last = offered**workers / math.factorial(workers) / (1 - offered / workers)
+    share = last / (sum(offered**k / math.factorial(k) for k in range(workers)) + last)
+    return share * seconds / (workers - offered)
+
+
+def broken_rule(outcome: Outcome) -> str:
+    """The first rule that an outcome breaks, of those that hold for every endpoint; empty: none."""
+    own, load, workers = outcome.endpoint, outcome.load, outcome.workers
+    if np.isnan(outcome.start).any() or (outcome.wait < -1e-6).any():
+        return "a request was never taken up, or before it came"
+    if abs(sum(one.busy for one in workers) - load.seconds.sum()) > 1e-6 * max(load.seconds.sum(), 1):
+        return "work was lost or done twice"
+    moments = sorted([(one.ended, -1) for one in workers] + [(one.begun, 1) for one in workers])
+    if max(np.cumsum([step for _, step in moments])) > own.most:
+        return "more workers at once than allowed"
+    flex = [one for one in workers if not one.active]
+    least = sum(one.boot + one.busy for one in flex) + own.idle * len(flex)
+    return "" if sum(one.ended - one.begun for one in flex) >= least - 1e-6 else "a worker went before its time"
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (2, 1.2), (4, 2.8), (8, 6.0)])
@@ -20,6 +48,53 @@ def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
     waits = [simulate(Endpoint(workers, workers, turn=0), poisson(86400, seconds, days=5, seed=seed)).wait.mean()
              for seed in range(4)]
     assert abs(sum(waits) / 4 / erlang_wait(workers, 1, seconds) - 1) < 0.02
+
+
+@pytest.mark.parametrize("idle", [1, 5, 60, 300])
+@pytest.mark.parametrize("an_hour", [6, 60, 600])
+def test_one_worker_that_comes_and_goes_is_as_computed(an_hour, idle):
+    """From one idle moment to the next: how many requests it serves, and how long it is gone; requests at random."""
+    endpoint, rate, seconds = Endpoint(0, 1, idle, turn=0, cold=20, spread=0), an_hour / 3600, 4.0
+    load = poisson(24 * an_hour, seconds, days=10_000 / 24 / an_hour, seed=1)
+    outcome = simulate(endpoint, Load(load.arrivals, np.full(len(load.arrivals), seconds), load.images))
+    gone = math.exp(-rate * idle)  # the share of gaps that are longer than the idle timeout
+    served = (1 + rate * endpoint.cold * gone) / (1 - rate * seconds)
+    there = sum(one.ended - one.begun for one in outcome.workers) / len(load.arrivals)
+    assert abs(outcome.cold.mean() - gone / served) < 0.02
+    assert abs(there / (1 / rate - gone / rate / served) - 1) < 0.03
+
+
+def test_the_rules_hold_for_settings_of_all_kinds_and_can_be_broken():
+    rng, loads = np.random.default_rng(1), (poisson(5000, 4, 0.2, burst=5), poisson(3000, 20, 0.2, swing=1))
+    for _ in range(20):
+        least = int(rng.integers(0, 3))
+        endpoint = Endpoint(least, least + int(rng.integers(1, 4)), float(rng.choice([0, 1, 30])), 4.0,
+                            [None, 1, 3][rng.integers(3)], cold=float(rng.choice([0, 5, 60])))
+        for load in loads:
+            assert not (broken := broken_rule(simulate(endpoint, load))), (broken, endpoint)
+    outcome = simulate(Endpoint(), loads[0])
+    assert broken_rule(replace(outcome, workers=outcome.workers[1:])) == "work was lost or done twice"
+    assert broken_rule(replace(outcome, endpoint=Endpoint(0, 1))) == "more workers at once than allowed"
+
+
+def planned(*arguments: str) -> str:
+    """What `sdworker plan` prints."""
+    done = CliRunner().invoke(app, ["plan", "--requests", "200", "--min", "0", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_gpu_has_its_own_seconds_which_are_estimated():
+    slow, quick = (json.loads(planned("--gpu", gpu, "--json")) for gpu in ("A4000", "4090"))
+    assert slow["load"]["seconds"] > 1.5 * quick["load"]["seconds"], "at less than half the rate"
+    for gpu in ("A4000", "4090"):
+        assert "estimated, not measured; give --seconds if you have measured" in planned("--gpu", gpu)
+
+
+def test_measured_seconds_go_before_the_estimate():
+    measured = [json.loads(planned("--gpu", gpu, "--seconds", "5", "--json")) for gpu in ("A4000", "4090")]
+    assert measured[0]["load"] == measured[1]["load"] and measured[0]["estimate"] is None
+    assert "estimated" not in planned("--gpu", "A4000", "--seconds", "5")
 
 
 def test_a_day_of_a_hundred_thousand_requests_keeps_every_rule():
