@@ -72,6 +72,20 @@ def test_notebook_is_one_to_read(path):
     assert not any(output["output_type"] == "error" for cell in cells(path) for output in cell.get("outputs", []))
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_source_is_a_page_and_not_a_front_door(path):
+    fronts = set(re.findall(r"\]\((https?://[^/)]+)/?\)", "\n".join(source(cell) for cell in cells(path))))
+    assert fronts <= {"https://simpy.readthedocs.io"}, "a figure cannot be found there"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_who_shows_a_record_names_its_torch(path):
+    code = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "code")
+    shown = {name for name in re.findall(r"\.\./results(?:/([\w{}-]+)\.json)?", code)
+             if not re.search("gpu|cuda|plan-trace", name)}  # these name a GPU; a simulation has no torch in it
+    assert not shown or "measured_on(" in code or path.stem == "13_image", "the image's own record lists its versions"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_exported_definitions_have_an_example(name):
     """Every exported function is used in a cell that is not exported; only `main` is left to the system tests."""
