@@ -19,6 +19,8 @@ ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
 ARG MODEL_REVISION=462165984030d82259a11f4367a4eed129e94a7b
 # Components and LoRAs from elsewhere, as in SDWORKER_EXTRAS
 ARG EXTRAS=
+# The scale at which LoRAs among them are added into the weights; empty: they stay adapters
+ARG FUSE_LORAS=
 # 0: no model in the image; the worker takes RunPod's cached model, or one on a volume, or fetches it
 ARG BAKE=1
 # What the model is compiled for: cpu, or cuda where the build sees the GPU; empty: not at all
@@ -83,6 +85,7 @@ RUN if [ -n "$CAPSULE$COMPILE_CACHE" ]; then \
 ARG MODEL_ID
 ARG MODEL_REVISION
 ARG EXTRAS
+ARG FUSE_LORAS
 ARG BAKE
 ARG LAYER_BYTES=3000000000
 ARG HF_ENDPOINT=https://huggingface.co
@@ -108,7 +111,7 @@ RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
         && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$EXTRAS/model" \
         && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" \
             --extras "$EXTRAS" --to "$cached" \
-        && sdworker bake "$cached" --to "$SDWORKER_BAKED" \
+        && sdworker bake "$cached" --to "$SDWORKER_BAKED" ${FUSE_LORAS:+--fuse-loras "$FUSE_LORAS"} \
         && export SDWORKER_MODEL="$MODEL_ID" SDWORKER_OFFLINE=1 \
         && if [ -n "$CAPSULE" ]; then sdworker bake --capsule --device "$CAPSULE"; fi \
         && if [ -n "$COMPILE_CACHE" ]; then sdworker bake --compile-cache --device "$COMPILE_CACHE"; fi \

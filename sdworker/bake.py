@@ -184,6 +184,13 @@ class _Entry(BaseModel):
     license: str | None  # identifier
     cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes and sha256 as they came
 
+class _Fused(BaseModel):
+    "LoRAs that were added into the weights after these had come."
+    model_config = ConfigDict(extra="forbid", strict=True)
+    scale: float
+    components: list[str]  # whose weights were changed
+    loras: list[_Entry]  # as they came
+
 class _Manifest(BaseModel):
     "What a baked folder says of itself."
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -196,6 +203,7 @@ class _Manifest(BaseModel):
     extras: str
     bytes: int
     files: list[_Entry] = Field(min_length=1)
+    fused: _Fused | None = None
 
     @field_validator("files")
     @classmethod
@@ -208,7 +216,7 @@ class _Manifest(BaseModel):
 # %% ../nbs/11_bake.ipynb #69148312
 def read_manifest(
     folder: Path,  # that has been baked
-) -> dict:  # repository, revision, asked, license, pipeline, variant, extras, bytes, files
+) -> dict:  # repository, revision, asked, license, pipeline, variant, extras, bytes, files, fused
     "A baked folder's manifest, or `ModelError`."
     if not (folder / MANIFEST).exists():
         raise ModelError(f"{folder} has no {MANIFEST}, so it was not baked; make it with `sdworker bake`.")
@@ -514,7 +522,8 @@ def _bake(listing: _Listing, to: Path, about: dict, on_progress: Callable[[int, 
     entries = [{name: getattr(file, name) for name in _KEYS} | {"cut_from": cuts.get(file.file)}
                for file in sorted(_gather(files, staging, on_bytes), key=lambda file: file.file)]
     manifest = about | {"license": listing.license, "bytes": total, "files": entries,
-                        "pipeline": read_json(staging / "model_index.json").get("_class_name")}
+                        "pipeline": read_json(staging / "model_index.json").get("_class_name"),
+                        "fused": listing.manifest and listing.manifest["fused"]}
     _finish(staging, to, manifest)
     return read_manifest(to)
 

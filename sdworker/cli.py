@@ -153,6 +153,7 @@ def bake(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch; default: the hub's main.")] = None,
     variant: Annotated[str, typer.Option(help="Of the weights; empty: those without one.")] = "fp16",
     extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
+    fuse_loras: Annotated[float | None, typer.Option(help="Add its LoRAs into the weights, at this scale.")] = None,
     capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
     compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
@@ -169,7 +170,7 @@ def bake(
         sdworker bake stabilityai/stable-diffusion-xl-base-1.0 --to model \\
             --revision 462165984030d82259a11f4367a4eed129e94a7b
 
-        sdworker bake owner/name --to model --extras lora=owner/style@COMMIT:style.safetensors
+        sdworker bake owner/name --to model --extras lora=owner/style@COMMIT:style.safetensors --fuse-loras 0.8
 
         sdworker bake --capsule    # SDWORKER_QUANTIZE=int8 before it: with weights in eight bits
 
@@ -178,7 +179,7 @@ def bake(
     if (model is None) != (to is None) or not (model or capsule or compile_cache):
         raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
                                  "compiles the model of the settings.", param_hint="MODEL")
-    report = _baked(model, to, revision, variant, extras, told=not as_json) if model else {}
+    report = _baked(model, to, revision, variant, extras, fuse_loras, not as_json) if model else {}
     for name, wanted, make in (("capsule", capsule, _capsule), ("compile_cache", compile_cache, _compile)):
         if wanted:
             report[name] = make(to, report.get("repository"), device, told=not as_json)
@@ -186,8 +187,9 @@ def bake(
         typer.echo(json.dumps(report))
 
 # %% ../nbs/99_cli.ipynb #a5818162
-def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str | None, told: bool) -> dict:
-    "Bake a model, and say what came of it; the manifest."
+def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str | None, scale: float | None,
+           told: bool) -> dict:
+    "Bake a model, fuse its LoRAs at a scale if there is one, and print what was made; the manifest."
     from sdworker.bake import bake
 
     try:
@@ -197,10 +199,16 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
     except KeyboardInterrupt:
         typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
         os._exit(130)  # at once: a download that hangs would be waited for
+    if scale is not None:
+        with plain_errors():
+            from sdworker.addons import fuse_loras
+
+            manifest = fuse_loras(to, scale)
     if told:
         typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: "
                    f"{manifest['license'] or 'not stated'}): {len(manifest['files'])} files, "
-                   f"{manifest['bytes'] / 1e9:.2f} GB in {to}")
+                   f"{manifest['bytes'] / 1e9:.2f} GB in {to}" + (
+                       ", with LoRAs fused at scale {scale:g}".format(**fused) if (fused := manifest["fused"]) else ""))
     return manifest
 
 # %% ../nbs/99_cli.ipynb #dbd74e5e

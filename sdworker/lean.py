@@ -87,7 +87,7 @@ def whole_torch() -> ModuleType:
 # %% ../nbs/32_lean.ipynb #968effcf
 @contextmanager
 def lean(
-    keep: Container[str] = (),  # packages that are needed, such as "xformers"
+    keep: Container[str] = (),  # packages that are needed, of "xformers" and "peft"
 ) -> Iterator[None]:
     "Import diffusers and transformers, and load a model, without what only a compiler or several GPUs would need."
     torch = whole_torch()
@@ -105,6 +105,8 @@ def lean(
         with standing_in(_stand_ins(keep)):
             with _one_gpu(torch):
                 getattr(transformers.utils, "is_torch_distributed_available", bool)()
+                if "peft" in keep:  # which keeps the answer too
+                    importlib.import_module("peft")
             yield
     finally:
         for (owner, name, _), value in zip(changed, before, strict=True):

@@ -26,7 +26,7 @@ from .bake import quick_check
 from .cache import capsule_places, capsules_in
 from .card import ModelCard, ModelError, Unsuited, read_card
 from .files import components
-from .imports import quick_or_plain, without_collector
+from .imports import quick_or_plain, standing_in, without_collector
 from .lean import import_torch, lean, whole_torch
 from .ledger import LEDGER
 from .presets import with_preset
@@ -120,10 +120,11 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     whole_torch()
     from sdworker.failures import load_guard
 
-    chosen = settings()
+    chosen, loras = settings(), "loras" in beside(card)
 
     def load() -> "Engine":
-        _import_pipeline(card)
+        with standing_in({} if loras else {"peft": None}):  # which diffusers imports wherever it is installed
+            _import_pipeline(card)
         try:
             with load_guard(card, device, dtype, chosen.quantize != "off"):
                 return pipeline_for(chosen, card, device, dtype, **more)
@@ -132,7 +133,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
             raise
 
     def load_lean() -> "Engine":
-        with lean(keep=["xformers"] if "xformers" in chosen.attention else []):
+        with lean(keep=["xformers"] * ("xformers" in chosen.attention) + ["peft"] * loras):
             return load()
     return quick_or_plain(load_lean, load, chosen.lean and chosen.quantize == "off")  # quantizing needs what is hidden
 

@@ -1,6 +1,10 @@
 """Weights in fewer bits, LoRAs, a refiner and a step cache, through the handler of a worker."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import accelerate
 import numpy as np
@@ -13,15 +17,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdworker.addons import add_lora
-from sdworker.card import read_card
+from sdworker.bake import read_manifest, verify
+from sdworker.capsule import capsule_key
+from sdworker.card import EMBEDDED, ModelError, read_card
 from sdworker.engine import generate
 from sdworker.measure import psnr
 from sdworker.miniatures import miniature, with_refiner
-from sdworker.profiles import SWITCHES, defaults, pipeline_for
+from sdworker.modelhub import Hub
+from sdworker.profiles import SWITCHES, defaults, for_pipeline_alone, pipeline_for
 from sdworker.stepcache import use_step_cache
 from sdworker.whole import FamilyEngine
 
 PLAIN = {"plain": {"prompt": "a large red star on a blue background"}}
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+LORA = {f"{LAYER}.lora_A.weight": torch.full((1, 96), 2.0), f"{LAYER}.lora_B.weight": torch.ones(96, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,13 @@ def test_a_switch_is_used_or_says_why_not(setting, value, said, usual):
     assert said in " ".join(answers["plain"]["warnings"]) and bool(answers["plain"]["warnings"]) == bool(said)
     distance = psnr(pixels(answers["plain"])[0], usual)
     assert distance > 25 and (distance == float("inf")) == (bool(said) or value == "1")
-    assert ("torchao" in log.rpartition("imported:")[2]) == (setting == "QUANTIZE")
+    imported = log.rpartition("imported:")[2]
+    assert ("torchao" in imported) == (setting == "QUANTIZE") and "peft" not in imported
+
+
+def test_without_a_lora_peft_is_not_imported_even_where_imports_are_the_usual_ones():
+    log = handled("embedded", PLAIN, SDWORKER_LEAN="off")[1]
+    assert "torch._dynamo" in log and "peft" not in log.rpartition("imported:")[2]
 
 
 def test_a_transformer_in_eight_bits(tmp_path):
@@ -72,35 +87,98 @@ def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
     assert SWITCHES["step cache: 2"].least < distance < float("inf")
 
 
-@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline"])
-def test_a_lora_of_a_transformer_keeps_its_alpha(family, tmp_path):
+@pytest.mark.parametrize(("family", "spelling", "layer"), [
+    ("FluxPipeline", "transformer.{}.lora_{}.weight", "transformer_blocks.0.attn.to_q"),
+    ("QwenImagePipeline", "{}.lora_{}.weight", "transformer_blocks.0.attn.to_q"),
+    ("ZImagePipeline", "diffusion_model.{}.lora_{}.weight", "layers.0.attention.to_q")])
+def test_a_lora_of_a_transformer_keeps_its_alpha(family, spelling, layer, tmp_path):
     pipe = FamilyEngine(read_card(miniature(family, tmp_path / "model"))).pipe
-    name = "layers.0.attention.to_q" if family == "ZImagePipeline" else "transformer_blocks.0.attn.to_q"
-    path, layer = tmp_path / "one.safetensors", f"transformer.{name}"
-    weight = pipe.transformer.get_submodule(name).weight
+    path, weight = tmp_path / "one.safetensors", pipe.transformer.get_submodule(layer).weight
     before, width = weight.clone(), weight.shape[1]
-    save_file({f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(len(weight), 2),
-               f"{layer}.alpha": torch.tensor(1.0)}, path)
-    assert add_lora(pipe, path) == 1 and torch.allclose(weight, before + 1.0), "two ones each, times 1 / 2"
+    a, b = (spelling.format(layer, part) for part in "AB")
+    save_file({a: torch.ones(2, width), b: torch.ones(len(weight), 2),
+               a.replace("lora_A.weight", "alpha"): torch.tensor(1.0)}, path)
+    assert add_lora(pipe, path) == 1
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    assert torch.allclose(pipe.transformer.get_submodule(layer).weight, before + 1.0), "two ones each, times 1 / 2"
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_a_lora_of_stable_diffusion_3_has_its_alpha_in_the_notes_or_is_refused(alpha, tmp_path):
+    pipe = FamilyEngine(read_card(miniature("StableDiffusion3Pipeline", tmp_path / "model"))).pipe
+    path, layer = tmp_path / "one.safetensors", "transformer_blocks.0.attn.to_q"
+    weight = pipe.transformer.get_submodule(layer).weight
+    tensors = {f"transformer.{layer}.lora_A.weight": torch.ones(2, weight.shape[1]),
+               f"transformer.{layer}.lora_B.weight": torch.ones(len(weight), 2)}
+    if alpha:
+        save_file(tensors | {f"transformer.{layer}.alpha": torch.tensor(alpha)}, path)
+        with pytest.raises(ModelError, match="cannot be read as a LoRA for StableDiffusion3Pipeline"):
+            add_lora(pipe, path)
+        return
+    notes = {"transformer.r": 2, "transformer.lora_alpha": 1, "transformer.target_modules": [layer]}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(notes)})
+    assert add_lora(pipe, path) == 1
+    delta = pipe.transformer.get_submodule(layer).get_delta_weight("lora")
+    assert torch.allclose(delta, torch.ones_like(delta)), "two ones each, times 1 / 2"
+
+
+@pytest.mark.parametrize(("family", "why"), [
+    ("PixArtSigmaPipeline", "cannot be read as a LoRA for PixArtSigmaPipeline"),
+    ("StableDiffusionPipeline", "is for another model: unet.down_blocks.1.")])
+def test_a_lora_that_no_layer_is_for_is_refused(family, why, tmp_path):
+    pipe = FamilyEngine(read_card(miniature(family, tmp_path / "model"))).pipe
+    save_file(LORA, path := tmp_path / "one.safetensors")
+    with pytest.raises(ModelError, match=f"one.safetensors {re.escape(why)}"):
+        add_lora(pipe, path)
 
 
 def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
     folder = with_refiner(tmp_path / "model")
     (folder / "loras").mkdir()
-    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file({f"{layer}.lora_A.weight": torch.full((1, 96), 2.0), f"{layer}.lora_B.weight": torch.ones(96, 1)},
-              folder / "loras" / "one.safetensors")
+    save_file(LORA, folder / "loras" / "one.safetensors")
     asked = PLAIN["plain"]
     jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refine_from": 1.0},
             "end": asked | {"refine_from": 0.8, "guidance_end": 0.5}, "ended": asked | {"guidance_end": 0.5}}
     answers, log = handled(folder, jobs)
-    assert "LoRA one.safetensors: 1 layers, scale 1" in log and "peft" not in log.rpartition("imported:")[2]
+    assert "LoRA one.safetensors: 1 layers, scale 1" in log and "stand-ins" not in log
+    assert log.rpartition("imported:")[2].split() == ["peft", "diffusers"], "and not the compiler"
     refined, unwanted, base = (pixels(answers[name])[0] for name in ("refined", "unwanted", "base"))
     assert np.abs(refined - base).max() > 0 and np.abs(refined - unwanted).max() > 0
     assert answers["end"]["error"].startswith("refine_from is 0.8: it is for a model with a refiner")
     assert (pixels(answers["ended"])[0] != base).any() and answers["ended"]["warnings"] == [], "the base draws alone"
     without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
     assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
+
+
+def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
+    save_file(LORA, tmp_path / "style.safetensors")
+    (style := tmp_path / "style").mkdir()
+    (tmp_path / "style.safetensors").rename(style / "style.safetensors")
+    with Hub({"shapes/embedded": EMBEDDED, "owner/style": style}) as hub:
+        extras = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
+        command = [sys.executable, "-m", "sdworker.cli", "bake", "shapes/embedded", "--extras", extras, "--to"]
+        here = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
+        beside, fused = tmp_path / "beside", tmp_path / "fused"
+        for more in ([beside], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):
+            done = subprocess.run([*command, *more], env=here, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        assert "with LoRAs fused at scale 1" in done.stdout
+    assert verify(fused) and read_manifest(fused)["fused"]["loras"][0]["repository"] == "owner/style"
+    drawn, log = handled(fused, PLAIN)
+    adapter, _ = handled(beside, PLAIN)
+    assert "peft" not in log.rpartition("imported:")[2] and drawn["plain"]["warnings"] == []
+    drawn, adapter = (pixels(answers["plain"])[0] for answers in (drawn, adapter))
+    assert psnr(drawn, adapter) > 50 > psnr(drawn, usual)
+    cards = [read_card(folder) for folder in (beside, fused)]
+    assert [for_pipeline_alone(defaults(), card) for card in cards] == [True, False], "compiled code may draw"
+    assert capsule_key(cards[1])["model"] == capsule_key(read_card(EMBEDDED))["model"], "any that fits the plain model"
+
+
+def test_a_fused_lora_has_no_scale_to_set():
+    answers, _ = handled("embedded", PLAIN, SDWORKER_LORA_SCALE="0.5")
+    assert answers["plain"]["warnings"] == [
+        "SDWORKER_LORA_SCALE is 0.5, and there is no LoRA beside the model whose scale could change."]
 
 
 def test_a_refiner_that_was_not_baked_is_missed_in_a_sentence():
@@ -172,6 +250,8 @@ def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tm
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_tiles(tmp_path, offloaded, offload):
     folder = with_refiner(tmp_path / "model")
+    (folder / "loras").mkdir()
+    save_file(LORA, folder / "loras" / "one.safetensors")
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))  # as SDXL's own
     card, dtype = read_card(folder), "float16"
