@@ -10,8 +10,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sdworker.addons._fused_weights': ('addons.html#_fused_weights', 'sdworker/addons.py'),
                                  'sdworker.addons._lora_tensors': ('addons.html#_lora_tensors', 'sdworker/addons.py'),
                                  'sdworker.addons._misfit': ('addons.html#_misfit', 'sdworker/addons.py'),
-                                 'sdworker.addons._moved': ('addons.html#_moved', 'sdworker/addons.py'),
-                                 'sdworker.addons._quiet_diffusers': ('addons.html#_quiet_diffusers', 'sdworker/addons.py'),
                                  'sdworker.addons._second_unet': ('addons.html#_second_unet', 'sdworker/addons.py'),
                                  'sdworker.addons.add_lora': ('addons.html#add_lora', 'sdworker/addons.py'),
                                  'sdworker.addons.fuse_loras': ('addons.html#fuse_loras', 'sdworker/addons.py'),

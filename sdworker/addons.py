@@ -11,7 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -71,18 +71,6 @@ def _lora_tensors(pipe: "DiffusionPipeline", path: Path) -> dict[str, torch.Tens
     return {key: tensor for key, tensor in state.items() if not key.endswith(".alpha")}
 
 # %% ../nbs/27d_addons.ipynb #b81e07f2
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    "Keep diffusers' warnings about what is checked here out of the log."
-    from diffusers.utils import logging as diffusers_logging
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-
 def _misfit(pipe: "DiffusionPipeline", tensors: Mapping[str, torch.Tensor]) -> str:
     "Why a LoRA does not fit a pipeline, as far as the names of its layers show it."
     modules = {f"{component}.{name}": module for component, part in pipe.components.items()
@@ -106,11 +94,13 @@ def add_lora(
     name: str = "lora",  # of the adapter, for `set_adapters`; letters, digits and underscores
 ) -> int:  # layers that have the adapter
     "Load a LoRA as an adapter of weight 1; raises `ModelError` and takes all adapters off if it does not fit."
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()  # it warns about what is checked here
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with _quiet_diffusers():
-            tensors = _lora_tensors(pipe, path)
-            pipe.load_lora_weights(str(path), adapter_name=name, use_safetensors=True, local_files_only=True)
+        tensors = _lora_tensors(pipe, path)
+        pipe.load_lora_weights(str(path), adapter_name=name, use_safetensors=True, local_files_only=True)
         adapter = list(_adapter(pipe, name))
         if wrong := [layer for layer, tensor in adapter if not tensor.isfinite().all()]:
             raise ModelError(f"{path} holds numbers that are none in {wrong[0]}; leave it out.", lasting=True)
@@ -158,12 +148,6 @@ def _fused_weights(folder: Path, to: Path, scale: float) -> dict[str, list[Path]
         part.save_pretrained(to / component, variant="fp16" if ".fp16" in stored[component].name else None)
     return {component: sorted((to / component).glob("*.safetensors*")) for component in changed}
 
-def _moved(path: Path, to: Path, like: dict) -> dict:
-    "Move a file into a baked folder; its entry in the manifest."
-    path.rename(to)
-    return like | {"file": f"{to.parent.name}/{to.name}", "bytes": to.stat().st_size, "sha256": sha256_of(to),
-                   "cut_from": None}
-
 # %% ../nbs/27d_addons.ipynb #f94d20a8
 def fuse_loras(
     folder: Path,  # a baked model with LoRAs; it is changed in place
@@ -183,12 +167,14 @@ def fuse_loras(
         changed = _fused_weights(folder, Path(scratch), scale)
         set_writable(folder, True)
         for component, files in changed.items():
-            old = [entry for entry in manifest["files"] if Path(entry["file"]).parent.name == component and
-                   (".safetensors" in entry["file"])]
+            old = [entry for entry in manifest["files"] if re.match(rf"{component}/.*\.safetensors", entry["file"])]
             for entry in old:
                 manifest["files"].remove(entry)
                 (folder / entry["file"]).unlink()
-            manifest["files"] += [_moved(path, folder / component / path.name, old[0]) for path in files]
+            for path in files:
+                to = path.rename(folder / component / path.name)
+                manifest["files"].append(old[0] | {"file": f"{component}/{to.name}", "bytes": to.stat().st_size,
+                                                   "sha256": sha256_of(to), "cut_from": None})
     shutil.rmtree(folder / "loras")
     manifest["files"] = sorted((entry for entry in manifest["files"] if entry not in loras), key=lambda e: e["file"])
     manifest |= {"bytes": sum(entry["bytes"] for entry in manifest["files"]),

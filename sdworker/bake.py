@@ -191,6 +191,7 @@ class _Fused(BaseModel):
     components: list[str]  # whose weights were changed
     loras: list[_Entry]  # as they came
 
+# %% ../nbs/11_bake.ipynb #c2f1a7b8
 class _Manifest(BaseModel):
     "What a baked folder says of itself."
     model_config = ConfigDict(extra="forbid", strict=True)
