@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from .client import Call, ClientError, ask, carry_out, key_header
+from .client import ClientError, key_header, send
 from .hub import POOLS, Scaling, mistakes, pools_of, refused
 from .plan import PRICES
 
@@ -113,7 +113,7 @@ def endpoint(
 # %% ../nbs/54_deploy.ipynb #d390e954
 def _all(http: httpx.Client, path: str) -> list[dict[str, Any]]:
     "All templates or endpoints of an account."
-    said = carry_out(http, ask(Call("GET", path)))
+    said = send(http, "GET", path)
     return said if isinstance(said, list) else next(iter(said.values()))  # v1 gives a list, v2 an object that holds it
 
 def find(
@@ -253,7 +253,7 @@ def apply(
         body = {name: made["template"] if value == NEW else value for name, value in step.body.items()}
         method = "POST" if step.verb == "create" else "PATCH"
         try:
-            made[step.what] = carry_out(http, ask(Call(method, step.path, body)))["id"]
+            made[step.what] = send(http, method, step.path, body)["id"]
         except ClientError as error:
             unknown = " It may have been made all the same: the same command finds out." if error.status is None else ""
             raise DeployError(f"the {step.what} was not {step.verb}d: {error}{unknown}") from None
@@ -287,7 +287,7 @@ def status(
         raise DeployError(f"there is no endpoint called {name!r}.")
     found = {"endpoint": shown(there)}
     if api == V2:
-        found["workers"] = carry_out(http, ask(Call("GET", f"{api.endpoints}/{there['id']}/workers")))["summary"]
+        found["workers"] = send(http, "GET", f"{api.endpoints}/{there['id']}/workers")["summary"]
     return found
 
 def delete(
@@ -301,7 +301,7 @@ def delete(
         if there := find(http, path, name):
             name = there["name"].removesuffix(" -fb")  # given by its id, the template still has its name
             try:
-                carry_out(http, ask(Call("DELETE", f"{path}/{there['id']}")))
+                send(http, "DELETE", f"{path}/{there['id']}")
             except ClientError as error:
                 if error.status != 404:  # the first attempt may have done it, or the endpoint took it along
                     raise

@@ -148,7 +148,7 @@ def account(request, monkeypatch):
     base = f"http://127.0.0.1:{server.server_port}/{request.param}"
     monkeypatch.setattr(deploy, request.param.upper(), deploy.Api(base, api.endpoints, api.templates))
     monkeypatch.setenv("RUNPOD_API_KEY", SECRET)
-    monkeypatch.setattr(client.Call.__init__, "__defaults__", (None, 0.5))  # seconds that an answer may take
+    monkeypatch.setattr(client.send, "__defaults__", (None, 0.5, 4))  # half a second for an answer
     yield account
     server.shutdown()
     server.server_close()
