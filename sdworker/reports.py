@@ -228,7 +228,6 @@ def deploy(
     most: Annotated[int | None, typer.Option("--max", help="Workers at once.")] = None,
     idle: Annotated[int | None, typer.Option(help="Seconds that a worker waits for more work.")] = None,
     flashboot: Annotated[bool | None, typer.Option(help="Default: as in hub.json.")] = None,
-    v1: Annotated[bool, typer.Option("--v1", help="Through RunPod's first REST API.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show the endpoint as it is.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the endpoint and its template.")] = False,
@@ -247,14 +246,12 @@ def deploy(
 
         sdworker deploy --delete --yes
     """
-    from sdworker.deploy import V1, V2
-
     scaling = {"minWorkers": least, "maxWorkers": most, "idleTimeout": idle, "flashboot": flashboot}
     asked = {"name": name, "image": image, "preset": preset, "env": env or [], "scaling": scaling}
-    _deploy(V1 if v1 else V2, asked, hub, (dry_run, status, delete), yes, as_json)
+    _deploy(asked, hub, (dry_run, status, delete), yes, as_json)
 
 # %% ../nbs/98a_reports.ipynb #d3be6f21
-def _deploy(api, asked: dict, hub: Path, what: tuple[bool, bool, bool], yes: bool, as_json: bool) -> None:
+def _deploy(asked: dict, hub: Path, what: tuple[bool, bool, bool], yes: bool, as_json: bool) -> None:
     "Do one of four things with an account."
     from sdworker import deploy as lab
     from sdworker.client import KEY, ClientError
@@ -263,16 +260,16 @@ def _deploy(api, asked: dict, hub: Path, what: tuple[bool, bool, bool], yes: boo
     with plain_errors(ClientError, lab.DeployError):
         if dry_run and not os.environ.get(KEY):
             typer.echo(f"sdworker: {KEY} is not set, so this is compared with nothing.", err=True)
-            return _planned(lab, None, api, asked, hub, True, yes, as_json)
-        with lab.account_of(api) as http:
+            return _planned(lab, None, asked, hub, True, yes, as_json)
+        with lab.account_of() as http:
             if status:
-                typer.echo(json.dumps(lab.status(http, api, asked["name"]), indent=None if as_json else 2))
+                typer.echo(json.dumps(lab.status(http, asked["name"]), indent=None if as_json else 2))
             elif delete:
                 _sure(yes, f"Delete {asked['name']}, its queue and its template?")
-                gone = lab.delete(http, api, asked["name"])
+                gone = lab.delete(http, asked["name"])
                 typer.echo(json.dumps({"deleted": gone}) if as_json else f"deleted: {', '.join(gone) or 'nothing'}")
             else:
-                _planned(lab, http, api, asked, hub, dry_run, yes, as_json)
+                _planned(lab, http, asked, hub, dry_run, yes, as_json)
 
 def _sure(yes: bool, question: str) -> None:
     "Ask, unless that was answered before; leave on a no."
@@ -282,20 +279,20 @@ def _sure(yes: bool, question: str) -> None:
         raise typer.Exit(1)
 
 # %% ../nbs/98a_reports.ipynb #47fa57ae
-def _planned(lab, http, api, asked: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
+def _planned(lab, http, asked: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     "Plan, show, ask, and carry out."
     pairs = [one.partition("=") for one in asked["env"]]
     for key, equals, _ in pairs:
         if not (key and equals):
             raise lab.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
-    image = asked["image"] or (lab.image_there(http, api, asked["name"]) if http else "")
+    image = asked["image"] or (lab.image_there(http, asked["name"]) if http else "")
     if not image and not dry_run:
         raise lab.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
                               "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
     want = lab.wanted(_read(hub, lab.DeployError), asked["name"], image, asked["preset"],
                       {key: value for key, _, value in pairs}, **asked["scaling"])
-    todo = lab.steps(http, api, want)
-    report = lab.record(todo, want, api)
+    todo = lab.steps(http, want)
+    report = lab.record(todo, want)
     if not as_json:
         typer.echo("\n".join(lab.told(todo, want)))
     if not dry_run and any(step.verb != "keep" for step in todo):

@@ -1,4 +1,4 @@
-"""`sdworker deploy` against a server that holds every request and answer to RunPod's descriptions of its two APIs."""
+"""`sdworker deploy` against a server that holds every request and answer to RunPod's description of its API."""
 
 import json
 import os
@@ -23,14 +23,13 @@ pytestmark = pytest.mark.skipif(not (DATA / "runpod-openapi-v2.json").is_file(),
                                 reason="RunPod's descriptions are in no folder that SDWORKER_DATA names")
 HUB = Path(__file__).parent.parent / "hub.json"
 SECRET = "rpa_SECRETKEYOFTHISTEST"
-VERSIONS = ("v1", "v2")
 
 
 class Description:
     """What RunPod's OpenAPI description says of a request."""
 
-    def __init__(self, version: str):
-        self.text = json.loads((DATA / f"runpod-openapi-{version}.json").read_text())
+    def __init__(self):
+        self.text = json.loads((DATA / "runpod-openapi-v2.json").read_text())
 
     def wrong(self, schema: dict, body: object) -> list[str]:
         validator = Draft202012Validator(schema | {"components": self.text["components"]})
@@ -54,26 +53,26 @@ class Description:
 class Account:
     """Templates and endpoints in memory, with faults that are planned for requests to come."""
 
-    def __init__(self, version: str):
-        self.version, self.description = version, Description(version)
-        self.things = {"templates": {}, "serverless" if version == "v2" else "endpoints": {}}
+    def __init__(self):
+        self.description = Description()
+        self.things = {"templates": {}, "serverless": {}}
         self.seen, self.faults, self.broken = [], [], []  # "METHOD /path", (METHOD, what), what was wrong with answers
 
     def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
         if wrong := self.description.wrong_request(method, path, body):
             return 422, {"title": "Unprocessable Entity", "status": 422, "detail": wrong[0]}
-        kind, *name = path.removeprefix("/v2/" if self.version == "v2" else "/").split("/")
+        kind, *name = path.removeprefix("/v2/").split("/")
         there = self.things[kind]
         if method == "GET" and name[1:] == ["workers"]:
             names = ("running", "idle", "initializing", "throttled", "unhealthy", "total")
             return 200, {"workers": [], "summary": dict.fromkeys(names, 0)}
         if method == "GET":
             listed = list(there.values())
-            return 200, listed if self.version == "v1" else {kind.replace("serverless", "endpoints"): listed}
+            return 200, {kind.replace("serverless", "endpoints"): listed}
         if method == "POST":
             thing = self.made(kind, body) | {"id": f"{kind[:2]}{len(there)}"}
             there[thing["id"]] = thing
-            return 201 if self.version == "v2" else 200, thing
+            return 201, thing
         if name[0] not in there:
             return 404, {"title": "Not Found", "status": 404, "detail": "resource not found"}
         if method == "DELETE":
@@ -83,8 +82,6 @@ class Account:
 
     def made(self, kind: str, body: dict) -> dict:
         """A thing as RunPod gives it back, with what it fills in."""
-        if self.version == "v1":
-            return body
         container = {"args": "", "ports": [], "registry": None}
         if kind == "templates":
             more = {"mounts": {}, "public": False, "category": "NVIDIA", "allowedCudaVersions": []}
@@ -104,7 +101,7 @@ def handler_of(account: Account) -> type:
     class Handler(BaseHTTPRequestHandler):
         def serve(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
-            path = self.path.removeprefix("/v1") if account.version == "v1" else self.path
+            path = self.path
             account.seen.append(f"{self.command} {path}")
             if self.headers["Authorization"] != f"Bearer {SECRET}":
                 return self.send(401, {"title": "Unauthorized", "status": 401, "detail": "invalid token"})
@@ -139,14 +136,12 @@ def handler_of(account: Account) -> type:
     return Handler
 
 
-@pytest.fixture(params=VERSIONS)
-def account(request, monkeypatch):
-    account = Account(request.param)
+@pytest.fixture
+def account(monkeypatch):
+    account = Account()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(account))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    api = getattr(deploy, request.param.upper())
-    base = f"http://127.0.0.1:{server.server_port}/{request.param}"
-    monkeypatch.setattr(deploy, request.param.upper(), deploy.Api(base, api.endpoints, api.templates))
+    monkeypatch.setattr(deploy, "API", f"http://127.0.0.1:{server.server_port}/v2")
     monkeypatch.setenv("RUNPOD_API_KEY", SECRET)
     monkeypatch.setattr(client.send, "__defaults__", (None, 0.5, 4))  # half a second for an answer
     yield account
@@ -156,8 +151,7 @@ def account(request, monkeypatch):
 
 
 def run(account: Account, *arguments: str) -> object:
-    version = ["--v1"] if account.version == "v1" else []
-    done = CliRunner().invoke(app, ["deploy", "--hub", str(HUB), *version, *arguments])
+    done = CliRunner().invoke(app, ["deploy", "--hub", str(HUB), *arguments])
     assert SECRET not in done.output and (done.exception is None or isinstance(done.exception, SystemExit))
     return done
 
@@ -178,10 +172,7 @@ def test_an_endpoint_is_made_changed_shown_and_deleted(account):
     templates, endpoints = account.things.values()
     assert len(templates) == len(endpoints) == 1
     made = next(iter(endpoints.values()))
-    if account.version == "v2":
-        assert (made["flashboot"], made["workers"]) == ("FLASHBOOT", {"min": 1, "max": 3, "idleTimeout": 5})
-    else:
-        assert [made[name] for name in ("flashboot", "workersMin", "workersMax", "idleTimeout")] == [True, 1, 3, 5]
+    assert (made["flashboot"], made["workers"]) == ("FLASHBOOT", {"min": 1, "max": 3, "idleTimeout": 5})
     account.seen.clear()
     assert deployed(account) == ["keep", "keep"] and written(account) == [], "called again, it does nothing"
     templates["te0"]["env"]["MINE"] = "set in the console"
@@ -201,20 +192,17 @@ def test_without_a_yes_nothing_is_sent(account):
 
 
 @pytest.mark.parametrize("preset", ["", *(one["name"] for one in presets())])
-def test_every_preset_is_a_valid_payload(account, preset):
-    api = getattr(deploy, account.version.upper())
+def test_every_preset_is_a_valid_payload(preset):
     want = deploy.wanted(hub_json(), preset=preset, image="you/sdworker:1")
-    for step in deploy.steps(None, api, want):
-        assert account.description.wrong_request("POST", step.path if account.version == "v1" else f"/v2{step.path}",
-                                                 step.body) == []
+    for step in deploy.steps(None, want):
+        assert Description().wrong_request("POST", f"/v2{step.path}", step.body) == []
 
 
 def test_the_server_would_notice(account):
     """A contract test that accepts anything would be none."""
-    api = getattr(deploy, account.version.upper())
-    step = deploy.steps(None, api, deploy.wanted(hub_json(), image="you/sdworker:1"))[1]
-    wrong = {"workers": {"min": "one"}} if account.version == "v2" else {"flashboot": "FLASHBOOT"}
-    with deploy.account_of(api) as http, pytest.raises(deploy.DeployError, match="gave 422"):
+    step = deploy.steps(None, deploy.wanted(hub_json(), image="you/sdworker:1"))[1]
+    wrong = {"workers": {"min": "one"}}
+    with deploy.account_of() as http, pytest.raises(deploy.DeployError, match="gave 422"):
         deploy.apply(http, [deploy.Step("endpoint", "create", step.path, step.body | wrong | {"templateId": "te0"})])
 
 
@@ -223,7 +211,7 @@ def test_the_dry_run_needs_no_key_and_prints_a_payload_that_runpod_takes():
     command = [sys.executable, "-m", "sdworker.cli", "deploy", "--dry-run", "--json"]
     done = subprocess.run(command, cwd=HUB.parent, env=environment, capture_output=True, text=True, check=True)
     template, endpoint = (step["body"] for step in json.loads(done.stdout)["steps"])
-    described = Description("v2")
+    described = Description()
     assert described.wrong_request("POST", "/v2/templates", template) == []
     assert described.wrong_request("POST", "/v2/serverless", endpoint) == []
     assert endpoint["flashboot"] == "FLASHBOOT" and endpoint["workers"] == {"min": 1, "max": 3, "idleTimeout": 5}
