@@ -20,7 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sdworker.attention.Dispatched.__init__': ( 'attention.html#dispatched.__init__',
                                                                                 'sdworker/attention.py'),
                                     'sdworker.attention._asking': ('attention.html#_asking', 'sdworker/attention.py'),
-                                    'sdworker.attention._xformers_lacks': ('attention.html#_xformers_lacks', 'sdworker/attention.py'),
+                                    'sdworker.attention._missing': ('attention.html#_missing', 'sdworker/attention.py'),
                                     'sdworker.attention.probe': ('attention.html#probe', 'sdworker/attention.py'),
                                     'sdworker.attention.score_bytes': ('attention.html#score_bytes', 'sdworker/attention.py'),
                                     'sdworker.attention.unfit': ('attention.html#unfit', 'sdworker/attention.py'),

@@ -546,12 +546,12 @@ SECONDS = {
     "roofline": 40, "switch channels last": 40, "switch compile: regional": 120, "batch": 75, "memory": 60,
     "transformer": 60, "switch quantize: int8": 40, "switch quantize: fp8": 40, "switch bfloat16": 40,
     "switch DPM++ 2M, 12 steps": 40, "switch guidance to 60 %": 40, "switch step cache: 2": 40,
-    "switch attention: flash": 40, "switch compile: cached": 220, "switch compile: reduce-overhead": 300,
-    "switch VAE sliced": 60, "switch VAE tiled": 70, "switch attention: math": 50, "switch attention: sliced": 90,
-    "switch attention: flex": 90, "switch offload: model": 60, "switch attention: xformers": 40,
+    "switch compile: cached": 220, "switch compile: reduce-overhead": 300,
+    "switch VAE sliced": 60, "switch VAE tiled": 70, "switch attention: sliced": 90,
+    "switch offload: model": 60, "switch attention: xformers": 40,
     "switch quantize: nf4": 40, "switch offload: sequential": 220}
 TIMED_ONCE = (
-    "switch VAE", "switch attention: math", "switch attention: sliced", "switch attention: flex", "switch offload")
+    "switch VAE", "switch attention: sliced", "switch offload")
 
 def or_out_of_memory(
     measure: Callable[[], Any],

@@ -31,9 +31,6 @@ class Switch:
     least: float = LOSSLESS  # dB from the plain pipeline's picture, at worst
 
 SWITCHES = {
-    "attention: math": Switch({"attention": "math"}),
-    "attention: flash": Switch({"attention": "flash"}),
-    "attention: flex": Switch({"attention": "flex"}),
     "attention: sliced": Switch({"attention": "sliced"}),
     "attention: xformers": Switch({"attention": "xformers"}),
     "channels last": Switch({"channels_last": True}),

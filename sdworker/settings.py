@@ -77,7 +77,7 @@ class _Drawn(_Told):
         "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
     capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
     make_capsule: bool = Field(False, description="Where no capsule fits, make one after the first answer; needs g++")
-    attention: Literal["sdpa", "xformers", "sliced", "xformers+sliced", "flash", "flex", "math"] = Field(
+    attention: Literal["sdpa", "xformers", "sliced", "xformers+sliced"] = Field(
         "sdpa", description="Attention of the pipeline; `sdpa` is PyTorch's own, and what compiled code has")
     vae: Literal["whole", "sliced", "tiled"] = Field(
         "whole", description="Decode the images of a call at once, one by one, or also tile by tile")

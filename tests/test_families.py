@@ -30,7 +30,7 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
         "little": {"guidance_scale": 0.5, "negative_prompt": "blue"},
         "sampler": {"scheduler": "euler"}, "odd": {"width": 50}, "strength": {"strength": 0.5},
         "end": {"guidance_end": 0.5},
-    }, SDWORKER_ATTENTION="math")
+    }, SDWORKER_ATTENTION="sliced")
     batch, (alone,) = pixels(answers["batch"]), pixels(answers["alone"])
     assert answers["batch"]["seeds"] == [7, 8, 9] and {image.shape for image in batch} == {(48, 64, 3)}
     assert np.abs(batch[1] - alone).max() <= 2, "the same alone and in company"
@@ -45,8 +45,8 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     refused = {name: answers[name]["error"] for name in ("odd", "strength")}
     assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
     assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == family.samplers
-    own = pipeline in ("StableDiffusion3Pipeline", "PixArtSigmaPipeline")  # layers with attention of their own
-    assert ("math enabled" in log) != own == ("math not used: this model's layers have their own" in log)
+    attention = "enabled" if read_card(folder).denoiser == "unet" else "not used: this model's layers cannot be sliced"
+    assert f"sliced {attention}" in log
 
 
 @pytest.mark.parametrize(("pipeline", "name"), [
@@ -132,13 +132,13 @@ def test_a_picture_is_edited(pipeline, tmp_path):
             "image": data_uri(RED), "width": 50}, "sampler": {"image": data_uri(RED), "scheduler": "euler"},
         "second": {"image": data_uri(RED), "width": 64, "height": 48, "seed": 8},
         "unguided": {"image": data_uri(RED), "guidance_scale": 1.0, "negative_prompt": "blue"},
-    }, SDWORKER_ATTENTION="math")
+    }, SDWORKER_ATTENTION="sliced")
     (red,), (blue,) = pixels(answers["red"]), pixels(answers["blue"])
     both, (second,) = pixels(answers["both"]), pixels(answers["second"])
     assert answers["both"]["seeds"] == [7, 8] and np.abs(both[1] - second).max() <= 2 < np.abs(both[0] - second).max()
     assert "negative_prompt changes nothing" in " ".join(answers["unguided"]["warnings"])
     assert answers["odd"]["error"].startswith("width is 50") and answers["sampler"]["error"].startswith("scheduler is")
-    assert "math enabled" in log
+    assert "sliced not used: this model's layers cannot be sliced" in log
     assert red.shape == (48, 64, 3) and np.abs(red - blue).max() > 0, "it looks at the picture"
     assert np.abs(pixels(answers["unwanted"])[0] - red).max() > 0, "and at what is unwanted"
     assert answers["none"]["error"].startswith("image is missing")

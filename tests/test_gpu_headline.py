@@ -109,7 +109,7 @@ RECORDS = {  # made up: no machine has measured them
         "capsule": {"seconds": 1.0, "error": "OSError: no nvcc", "tries": 1}}},
     "bench-gpu": {"date": "2000-01-01", "machine": {"gpu": "an invented GPU", "torch": "0.0"}, "tiny": False, "rows": {
         "switch bfloat16": {"time": IMAGES, "turns": 3, "peak": 9e9, "psnr": 60.0, "least": 40},
-        "switch attention: flex": {"failed": "an error", "tries": 2}}}}
+        "switch attention: sliced": {"failed": "an error", "tries": 2}}}}
 PLACES = [("97c_gpu_headline", "headline-gpu"), ("98_claims", "headline-gpu"), ("95_compiled", "capsule-cuda"),
           ("93_proof", "coldstart-gpu"), ("02a_families", "gpu-families"), ("97b_gpu_checks", "gpu-check"),
           ("97_bench", "bench-gpu")]
