@@ -31,7 +31,7 @@ from sdworker.load import (
     make_capsule_behind,
     model_card,
 )
-from .monitor import note, observe, set_up_log
+from .monitor import note, open_nvml, set_up_log
 from .request import RequestError, advice, parse_request
 from .settings import Settings, SettingsError, settings
 from .start_checks import checks_at_start
@@ -162,7 +162,7 @@ def _queue_options() -> dict[str, Any]:
         "Leave the concurrency as it is; the first call is the moment after the fork."
         if not begun:
             LEDGER.lap("SDK start")
-            observe(settings())
+            open_nvml()
             begun.append(begin[settings().load]())
         return now
     options |= {"handler": _ending(options), "concurrency_modifier": concurrency}
@@ -205,7 +205,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     if check:
         sdk.serverless.register_fitness_check(check)
     if not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, so no fork
-        observe(chosen)
+        open_nvml()
         if chosen.load == "background":
             _load_in_background()
     sys.argv = [sys.argv[0], *arguments]

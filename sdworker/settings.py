@@ -40,20 +40,11 @@ class _Weights(BaseSettings):
 
 # %% ../nbs/01_settings.ipynb #c6b5aa3f
 class _Told(_Weights):
-    "What the log says, and who else is told."
+    "What is in the log."
     log: Literal["text", "json"] = Field("text", description=(
         "Lines of the log: as people read them, or JSON objects with each job's times and the GPU's state"))
     log_every: int = Field(100, ge=0, le=1_000_000, description="Jobs after which a line sums them up; 0: never")
     log_prompts: bool = Field(False, description="Write prompts into the log")
-    metrics: str = Field("", description=(
-        "Where Prometheus may ask: a port of this machine alone, such as `9100`, or `0.0.0.0:9100`; empty: nowhere"))
-
-    @field_validator("metrics")
-    @classmethod
-    def _address(cls, given: str) -> str:
-        if given and not (given.rpartition(":")[2].isdecimal() and 0 < int(given.rpartition(":")[2]) < 65536):
-            raise ValueError("should be a port, such as 9100, or an address, such as 0.0.0.0:9100")
-        return given
 
 # %% ../nbs/01_settings.ipynb #5b2053b1
 QUANTIZED = ("int8", "fp8", "nf4")
