@@ -41,10 +41,11 @@ from .files import write_file
 from .images import encode
 from .measure import between, compare, machine, mark, psnr, timed, write_result
 from .memory import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
-from .profiles import PROFILES, SWITCHES, Switch, defaults, pipeline_for
+from .profiles import SWITCHES, Switch, defaults, pipeline_for
 from .proof import sdxl_sized
 from .quality import draw_pairs, held, switched
 from .request import advice, parse_request
+from .settings import PROFILES
 
 # %% ../nbs/97_bench.ipynb #e69b2a10
 ONCE = """

@@ -21,7 +21,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer

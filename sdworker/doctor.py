@@ -10,7 +10,6 @@ __all__ = ['BUCKET', 'CHECKS', 'caches', 'weights', 'gpu', 'device', 'driver', '
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .card import UNUSED, ModelCard, ModelError, Unsuited, fit, read_json
+from .card import UNUSED, ModelCard, Unsuited, fit, read_json
 from .failures import device_guard, load_error, memory_is_out
 from .files import components, weight_files
 from .measure import Timings, between, mark

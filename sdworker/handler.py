@@ -33,7 +33,7 @@ from sdworker.load import (
 )
 from .monitor import note, open_nvml, set_up_log
 from .request import RequestError, advice, parse_request
-from .settings import Settings, SettingsError, settings
+from .settings import SettingsError, settings
 from .start_checks import checks_at_start
 from .weights import prefetch
 

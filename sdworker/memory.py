@@ -285,7 +285,6 @@ class Plan:
     way: Way
     needs: int  # bytes, without what is kept free
     fits: bool
-    tried: tuple[tuple[Way, int], ...]  # each way up to this one, and what it needs
 
 def ways(
     batch: int,  # images in one call
@@ -314,7 +313,7 @@ def plan(
             break
     else:
         tried.sort(key=lambda one: -one[1])
-    return Plan(*tried[-1], fits, tuple(tried))
+    return Plan(*tried[-1], fits)
 
 # %% ../nbs/23_memory.ipynb #9f380657
 def use_memory(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'QUANTIZED', 'PROFILES', 'quantized_parts', 'Settings', 'complaint', 'SettingsError', 'read_settings',
-           'settings', 'settings_table']
+           'settings']
 
 # %% ../nbs/01_settings.ipynb #c7ac97c2
 import difflib
@@ -165,15 +165,3 @@ def read_settings() -> Settings:
 def settings() -> Settings:
     "The settings of this process."
     return read_settings()
-
-# %% ../nbs/01_settings.ipynb #3f1efedc
-def settings_table() -> str:  # Markdown
-    "The settings as a table: variable, default, range, meaning."
-    rows = ["| variable | default | allowed | meaning |", "|---|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        schema = Settings.model_json_schema()["properties"][name]
-        allowed = ", ".join(f"`{v}`" for v in schema.get("enum", [])) or (
-            f"{schema['minimum']} to {schema['maximum']}" if "minimum" in schema else "any")
-        default = "" if field.default is None else f"`{field.default}`"
-        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {allowed} | {field.description} |")
-    return "\n".join(rows)

@@ -125,6 +125,12 @@ def test_a_module_binds_a_name_once(path):
     assert sorted(names) == sorted(set(names))
 
 
+def test_modules_import_nothing_that_only_their_notebook_uses():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F401", "--quiet", ROOT / "sdworker"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_importing_sdworker_is_cheap():
     heavy = "torch transformers diffusers runpod numpy pydantic".split()
     code = f"import sys, sdworker; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
