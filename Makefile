@@ -20,15 +20,15 @@ venv: .venv/ready  ## set up .venv and nothing else
 	@touch .venv/ready
 
 demo: venv  ## start the worker, send it six requests, leave pictures in out/demo
-	$(PY) -m sdworker.demo out/demo
+	$(PY) -m sdworker.lab.demo out/demo
 
 test: venv lint capsule  ## every notebook and every test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 capsule: venv  ## compile the embedded model for the tests, twice (four minutes, once; needs g++)
-	@why=$$($(PY) -c "from sdworker.encapsulate import why_not; print(why_not())") && if [ -z "$$why" ]; then \
+	@why=$$($(PY) -c "from sdworker.aot.export import why_not; print(why_not())") && if [ -z "$$why" ]; then \
 		for bits in off int8; do SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_CAPSULES=out/capsules \
-			SDWORKER_QUANTIZE=$$bits $(PY) -m sdworker.cli bake --capsule || exit 1; done; \
+			SDWORKER_QUANTIZE=$$bits $(PY) -m sdworker.cli.main bake --capsule || exit 1; done; \
 	else echo "what needs a capsule is skipped: $$why"; fi
 
 lint: venv  ## ruff over notebooks, tests and scripts
@@ -41,11 +41,11 @@ lock-test: venv  ## install exactly that lock, some 5 GB, and see that the worke
 	$(PY) docs/lock_test.py
 
 hub: venv  ## renew hub.json and .runpod/tests.json, after a change of the settings
-	$(PY) -m sdworker.hub
+	$(PY) -m sdworker.operate.hub
 
 embedded: venv  ## retrain the embedded model from nothing (about 75 minutes on two cores)
-	$(PY) -m sdworker.training
-	$(PY) -m sdworker.quality results/adherence.json --sheet nbs/images/drawn.png
+	$(PY) -m sdworker.embedded.training
+	$(PY) -m sdworker.lab.quality results/adherence.json --sheet nbs/images/drawn.png
 
 notebooks: venv  ## run every notebook, keep its outputs, clean it, export the package, renew README.md
 	$(PY) docs/notebooks.py

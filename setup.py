@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -23,6 +23,6 @@ setup(
     install_requires=meta["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": meta["console_scripts"].split()},
-    packages=["sdworker"],
-    package_data={"sdworker": ["embedded_model/**/*"]},
+    packages=find_packages(include=["sdworker*"]),
+    package_data={"sdworker.embedded": ["model/**/*"]},
 )

@@ -1,6 +1,6 @@
 import sys
 
-from sdworker.cli import app
+from sdworker.cli.main import app
 
 if __name__ == "__main__":
     app(["start", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """Build the docs site from the notebooks and modules that are there: `python docs/build.py` makes `_docs/index.html`.
 
-Each notebook becomes a page, each group of ten a page that lists them, each module a reference page. Notebooks are not
-executed; they bring their outputs. What Sphinx reads is written to `_proc/site`, anew each time.
+Each notebook becomes a page, each chapter's folder a page that lists them, each module a reference page.
+Notebooks are not executed; they bring their outputs. What Sphinx reads is written to `_proc/site`, anew each time.
 """
 import shutil
 import sys
@@ -15,14 +15,17 @@ from sphinx.cmd.build import main as sphinx
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, SCRATCH, HTML = ROOT / "nbs", ROOT / "sdworker", ROOT / "_proc", ROOT / "_docs"
 SITE = SCRATCH / "site"
-GROUPS = {  # first digit of a notebook's number -> title, what it is about
-    "0": ("Foundations", "What everything stands on."),
-    "1": ("Build", "What is inside the image."),
-    "2": ("Draw", "From weights to pixels, fast."),
-    "3": ("Start", "From exec to ready."),
-    "4": ("Serve", "From a job to its answer."),
-    "5": ("Operate", "From one worker to an endpoint."),
-    "9": ("Lab", "Evidence, and the command line."),
+GROUPS = {  # folder of a chapter -> title, what it is about
+    "0_core": ("Core", "Settings, families of models, and what else everything stands on."),
+    "1_build": ("Build", "What is inside the image."),
+    "2_engine": ("Engine", "From a request to pixels with diffusers, and its switches."),
+    "3_aot": ("Compiled ahead of time", "The engine that starts without diffusers."),
+    "4_start": ("Start", "From exec to ready."),
+    "5_serve": ("Serve", "From a job to its answer."),
+    "6_operate": ("Operate", "From one worker to an endpoint."),
+    "7_embedded": ("Embedded model", "A tiny model to test everything with, without a GPU."),
+    "8_lab": ("Lab", "Evidence: what was measured, how, and what it says of each claim."),
+    "9_cli": ("Command line", "The `sdworker` command."),
 }
 
 
@@ -44,12 +47,12 @@ def cards(titles_and_texts: list[tuple[str, str]]) -> str:
         f":::{{grid-item-card}} {title}\n{text}\n:::" for title, text in titles_and_texts), "::::"])
 
 
-def group_page(title: str, text: str, inside: list[Chapter]) -> tuple[str, str]:
-    "Write the page of a group; the card that leads there."
-    name = title.lower()
-    write(name, f"# {title}", f"> {text}", sidebar([chapter.path.stem for chapter in inside]),
+def group_page(folder: str, title: str, text: str, inside: list[Chapter]) -> tuple[str, str]:
+    "Write the page of a chapter; the card that leads there."
+    write(f"{folder}/index", f"# {title}", f"> {text}", sidebar([chapter.path.stem for chapter in inside]),
           cards([(f"[{chapter.title}]({chapter.path.name})", chapter.promise) for chapter in inside]))
-    return f"[{title}]({name}.md)", "\n".join([text, "", *(f"- [{c.title}]({c.path.name})" for c in inside)])
+    links = (f"- [{chapter.title}]({folder}/{chapter.path.name})" for chapter in inside)
+    return f"[{title}]({folder}/index.md)", "\n".join([text, "", *links])
 
 
 def reference_pages(title: str, text: str, found: list[Chapter]) -> tuple[str, str]:
@@ -69,15 +72,15 @@ def write_site() -> None:
     "Write all pages, from what is in `nbs/` now."
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(NOTEBOOKS, SITE, ignore=shutil.ignore_patterns("*.ipynb", "*.cfg", "*.py", "*.yml", ".*", "_*"))
-    found = [chapters.read(path, PACKAGE) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
-    groups = [(*about, [chapter for chapter in found if chapter.path.name.startswith(digit)])
-              for digit, about in GROUPS.items()]
-    groups = [group for group in groups if group[-1]]
-    parts = [group_page(*group) for group in groups]
+    found = [chapters.read(path, PACKAGE) for path in sorted(NOTEBOOKS.glob("*_*/*.ipynb"))]
+    tour = chapters.read(NOTEBOOKS / "00_tour.ipynb", PACKAGE)
+    parts = [(f"[{tour.title}]({tour.path.name})", tour.promise)]
+    parts += [group_page(folder, *about, [chapter for chapter in found if chapter.path.parent.name == folder])
+              for folder, about in GROUPS.items()]
     parts.append(reference_pages("Reference", "Every public name of every module.", found))
-    for chapter in found:
+    for chapter in [tour, *found]:
         chapters.page(chapter, found, SITE)
-    pages = [*(title.lower() for title, *_ in groups), "api/index"]
+    pages = [tour.path.stem, *(f"{folder}/index" for folder in GROUPS), "api/index"]
     chapters.page(chapters.read(NOTEBOOKS / "index.ipynb", PACKAGE), found, SITE,
                   f"## The book\n\n{cards(parts)}\n\n{sidebar(pages)}")
 

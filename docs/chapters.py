@@ -19,8 +19,14 @@ class Chapter:
     cells: list[NbCell]  # without nbdev's directives and what they hide
     title: str
     promise: str  # the quote under the title
-    module: str  # what it exports to, such as "sdworker.engine"; empty without an export
+    module: str  # what it exports to, such as "sdworker.engine.generate"; empty without an export
     source: str  # of that module
+
+    @property
+    def address(self) -> str:
+        "The path of its page in the site: that of the notebook in `nbs`."
+        folder = self.path.parent.name
+        return f"{folder}/{self.path.name}" if folder[0].isdigit() else self.path.name
 
 
 def read(path: Path, package: Path) -> Chapter:
@@ -33,7 +39,7 @@ def read(path: Path, package: Path) -> Chapter:
     if not title:
         raise SystemExit(f"{path.name} must begin with a Markdown cell: `# Title` and, under it, `> promise`.")
     module = f"{package.name}.{exports[0]}" if exports else ""
-    source = (package / f"{exports[0]}.py").read_text(encoding="utf-8") if exports else ""
+    source = (package / f"{exports[0].replace('.', '/')}.py").read_text(encoding="utf-8") if exports else ""
     return Chapter(path, cells, title[1].strip(), (title[2] or "").strip(), module, source)
 
 
@@ -43,14 +49,15 @@ def name_targets(chapters: list[Chapter], here: Chapter) -> Targets:
     for chapter in sorted(chapters, key=lambda chapter: chapter is not here):
         for name in reference.public(chapter.source):
             target = f"#{chapter.module}.{name}"
-            targets[target[1:]] = targets[target.partition(".")[2]] = target
+            parts = target[1:].split(".")  # sdworker, chapter, module, name
+            targets |= {".".join(parts[k:]): target for k in range(3)}
             targets.setdefault(name, target)
     return targets
 
 
 def module_targets(chapters: list[Chapter], here: Chapter) -> Targets:
     "Each module leads to its notebook."
-    pages = {chapter.module: f"/{chapter.path.name}" for chapter in chapters if chapter.module and chapter is not here}
+    pages = {chapter.module: f"/{chapter.address}" for chapter in chapters if chapter.module and chapter is not here}
     return pages | {module.partition(".")[2]: page for module, page in pages.items()}
 
 
@@ -59,7 +66,7 @@ def link(text: str, targets: Targets) -> str:
     def replace(found: re.Match) -> str:
         target = targets.get(found["name"] or "")
         return f"[{found[0]}]({target})" if target else found[0]
-    text = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", text)
+    text = re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?!\d|index|images)[^)]*\)", r"\1", text)
     leave = r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^#.*?$|``.+?``|\[[^\]]*\]\([^)]*\)"
     return re.sub(rf"{leave}|`(?P<name>[\w.]+)(?:\(\))?`", replace, text, flags=re.MULTILINE | re.DOTALL)
 
@@ -91,7 +98,8 @@ def code(cell: NbCell) -> list[NbCell]:
 def about(chapter: Chapter) -> str:
     "The line under the promise: the reference of the module, and the notebook itself."
     module = f"Reference: [`{chapter.module}`](/api/{chapter.module}.md) · " if chapter.module else ""
-    return f":::{{div}} page-links\n{module}{{download}}`Download the notebook <../../nbs/{chapter.path.name}>`\n:::"
+    up = "../" * (2 + chapter.address.count("/"))
+    return f":::{{div}} page-links\n{module}{{download}}`Download the notebook <{up}nbs/{chapter.address}>`\n:::"
 
 
 def page(chapter: Chapter, found: list[Chapter], folder: Path, more: str = "") -> None:
@@ -104,4 +112,4 @@ def page(chapter: Chapter, found: list[Chapter], folder: Path, more: str = "") -
             cell.source = link(cell.source, targets)
         cells += code(cell) if cell.cell_type == "code" else [cell]
     language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    write_nb(new_nb([*cells, mk_cell(more, "markdown")], language), folder / chapter.path.name)
+    write_nb(new_nb([*cells, mk_cell(more, "markdown")], language), folder / chapter.address)

@@ -17,10 +17,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sdworker.embedded import judge
-from sdworker.images import from_data_uri
-from sdworker.loopback import work
-from sdworker.measure import psnr, write_result
+from sdworker.core.timing import psnr, write_result
+from sdworker.embedded.shapes import judge
+from sdworker.lab.queue_server import work
+from sdworker.serve.image_io import from_data_uri
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, TOOLS_LOCK, HOME = ROOT / ".runpod" / "worker.lock", ROOT / ".runpod" / "tests.lock", ROOT / "out" / "lock"
@@ -30,7 +30,7 @@ TESTS = ("families", "addons", "lean", "noise")
 PROMPT = "a large red star on a blue background"
 IMPORT = """
 import sys, time
-from sdworker.lean import lean, whole_torch
+from sdworker.start.lean import lean, whole_torch
 whole_torch()
 start = time.perf_counter()
 with lean(keep=sys.argv[1:]):
@@ -39,7 +39,7 @@ print(time.perf_counter() - start)
 """
 VERSIONS = """
 import json, torch
-from sdworker.measure import machine
+from sdworker.core.timing import machine
 print(json.dumps(machine() | {"cuda": torch.version.cuda}))
 """
 
@@ -90,7 +90,7 @@ def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: 
     "Start the worker with two jobs at the queue and check both pictures; what it warned of, and its first picture."
     print(f"drawing: {what}", flush=True)
     jobs = [{"id": f"job-{seed}", "input": {"prompt": PROMPT, "seed": seed}} for seed in (7, 8)]
-    shift = work([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli", "start"], jobs,
+    shift = work([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli.main", "start"], jobs,
                  {"PYTHONPATH": python_path(path), "SDWORKER_CAPSULES": str(AOT)} | environment, 300)
     answers = [shift.answers.get(job["id"], {}).get("output", {}) for job in jobs]
     pictures = [from_data_uri(answer["images"][0]) for answer in answers if "images" in answer]
@@ -105,7 +105,7 @@ def compile_ahead() -> float:
     print("compiling the embedded model ahead of time", flush=True)
     shutil.rmtree(AOT, ignore_errors=True)
     begin = time.perf_counter()
-    run(PYTHON, "-W", "ignore", "-m", "sdworker.cli", "bake", "--capsule", "--device", "cpu",
+    run(PYTHON, "-W", "ignore", "-m", "sdworker.cli.main", "bake", "--capsule", "--device", "cpu",
         SDWORKER_CAPSULES=str(AOT))
     return time.perf_counter() - begin
 

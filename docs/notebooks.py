@@ -33,7 +33,7 @@ def worth_keeping(output: nbformat.NotebookNode) -> bool:
 def run(path: Path) -> None:
     """Execute a notebook and keep its outputs, progress bars and log lines excepted."""
     notebook = nbformat.read(path, 4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NBS)}}).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if worth_keeping(output)]
@@ -55,7 +55,8 @@ def readme() -> str:
 def main() -> None:
     """Renew what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebooks", nargs="*", help="parts of notebook names to run; default: all")
+    parser.add_argument("notebooks", nargs="*",
+                        help="parts of notebook names to run, such as 2_engine or 05_attention; default: all")
     parser.add_argument("--readme", metavar="FILE", help="only write the README to this file; - for standard output")
     chosen = parser.parse_args()
     if chosen.readme:
@@ -63,7 +64,8 @@ def main() -> None:
         return
     nbdev("nbdev-export")
     wanted = chosen.notebooks or [""]
-    paths = [path for path in sorted(NBS.glob("*.ipynb")) if any(part in path.name for part in wanted)]
+    paths = [path for path in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts
+             and any(part in str(path.relative_to(NBS)) for part in wanted)]
     if not paths:
         raise SystemExit(f"no notebook is called so: {', '.join(wanted)}")
     try:

@@ -13,7 +13,7 @@ for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPO
 os.environ["SDWORKER_CAPSULES"] = str(Path(__file__).parent.parent / "out" / "no-capsules")  # nor what it has compiled
 
 
-COMPILING = ("27a_compiling", "95a_breakeven")  # what they show cannot be had without a compiler
+COMPILING = ("2_engine/14_torch_compile", "8_lab/07_break_even")  # what they show cannot be had without a compiler
 
 
 def pytest_collection_modifyitems(items):
@@ -30,5 +30,6 @@ def pytest_collection_modifyitems(items):
             item.options["skip"] = True
         if not capsule and "../out/capsules" in item.parent.path.read_text(encoding="utf-8"):
             item.add_marker(pytest.mark.skip(reason="there is no capsule; `make capsule` makes one with g++"))
-        if item.parent.path.stem in COMPILING and not shutil.which(os.environ.get("CXX", "g++")):
+        name = str(item.parent.path.relative_to(Path(__file__).parent).with_suffix(""))
+        if name in COMPILING and not shutil.which(os.environ.get("CXX", "g++")):
             item.add_marker(pytest.mark.skip(reason="there is no C++ compiler"))

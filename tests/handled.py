@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sdworker.images import from_data_uri
+from sdworker.serve.image_io import from_data_uri
 
 WORKER = """
 import json, logging, sys
-from sdworker.handler import handler
+from sdworker.serve.handler import handler
 logging.basicConfig(level="INFO", format="%(message)s")
 jobs = json.load(sys.stdin)
 json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)

@@ -16,17 +16,17 @@ from handled import handled, pixels
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdworker.addons import add_lora
-from sdworker.bake import read_manifest, verify
-from sdworker.capsule import capsule_key
-from sdworker.card import EMBEDDED, ModelError, read_card
-from sdworker.engine import generate
-from sdworker.measure import psnr
-from sdworker.miniatures import miniature, with_refiner
-from sdworker.modelhub import Hub
-from sdworker.profiles import SWITCHES, defaults, for_pipeline_alone, pipeline_for
-from sdworker.stepcache import use_step_cache
-from sdworker.whole import FamilyEngine
+from sdworker.aot.engine import capsule_key
+from sdworker.build.bake import read_manifest, verify
+from sdworker.core.model_info import EMBEDDED, ModelError, read_card
+from sdworker.core.timing import psnr
+from sdworker.embedded.tiny_models import miniature, with_refiner
+from sdworker.engine.build_pipeline import SWITCHES, defaults, for_pipeline_alone, pipeline_for
+from sdworker.engine.generate import generate
+from sdworker.engine.lora_refiner import add_lora
+from sdworker.engine.pipeline import FamilyEngine
+from sdworker.engine.step_cache import use_step_cache
+from sdworker.lab.hub_server import Hub
 
 PLAIN = {"plain": {"prompt": "a large red star on a blue background"}}
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -157,7 +157,7 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
     (tmp_path / "style.safetensors").rename(style / "style.safetensors")
     with Hub({"shapes/embedded": EMBEDDED, "owner/style": style}) as hub:
         extras = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
-        command = [sys.executable, "-m", "sdworker.cli", "bake", "shapes/embedded", "--extras", extras, "--to"]
+        command = [sys.executable, "-m", "sdworker.cli.main", "bake", "shapes/embedded", "--extras", extras, "--to"]
         here = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
         beside, fused = tmp_path / "beside", tmp_path / "fused"
         for more in ([beside], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):

@@ -16,19 +16,19 @@ from handled import handled, pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdworker.capsule import CapsuleEngine, beyond, capsule_key, digest_of
-from sdworker.card import EMBEDDED, Unsuited, read_card
-from sdworker.compiled import same_pictures
-from sdworker.embedded import judge
-from sdworker.encapsulate import make_capsule, why_not
-from sdworker.engine import PipelineEngine, Shape, generate
-from sdworker.images import data_uri, from_data_uri
-from sdworker.loopback import Shift, work
-from sdworker.measure import psnr
-from sdworker.miniatures import miniature
+from sdworker.aot.engine import CapsuleEngine, beyond, capsule_key, digest_of
+from sdworker.aot.export import make_capsule, why_not
+from sdworker.core.model_info import EMBEDDED, Unsuited, read_card
+from sdworker.core.timing import psnr
+from sdworker.embedded.shapes import judge
+from sdworker.embedded.tiny_models import miniature
+from sdworker.engine.generate import PipelineEngine, Shape, generate
+from sdworker.lab.bench_aot import same_pictures
+from sdworker.lab.queue_server import Shift, work
+from sdworker.serve.image_io import data_uri, from_data_uri
 
 ROOT = Path(__file__).parent.parent
-OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 PROMPT = "a large red star on a blue background"
 CARD = read_card(EMBEDDED, "embedded")
 
@@ -162,15 +162,15 @@ def test_a_worker_with_nothing_but_a_capsule_refuses_what_that_cannot_do(capsule
 
 IMPORTED = """
 import json, sys
-import sdworker.ledger
-import sdworker.handler
-respond = sdworker.handler.respond
+import sdworker.start.timeline
+import sdworker.serve.handler
+respond = sdworker.serve.handler.respond
 def and_list(given):
     answer = respond(given)
     modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
     return answer | {"modules": modules}
-sdworker.handler.respond = and_list
-from sdworker.cli import app
+sdworker.serve.handler.respond = and_list
+from sdworker.cli.main import app
 app(["start"])
 """
 SDK = """aiodns aiohappyeyeballs aiohttp aiohttp_retry aiosignal attr backoff backports brotli certifi
@@ -208,7 +208,7 @@ def test_fifty_requests_out_of_range_get_a_sentence(capsule):
 
 ANSWERS = """
 import json, sys
-from sdworker.handler import handler
+from sdworker.serve.handler import handler
 print(json.dumps([handler({"id": "one", "input": given}) for given in json.load(sys.stdin)]))
 """
 
@@ -260,8 +260,8 @@ def test_a_hundred_pairs_are_drawn_the_same(capsule):
 @pytest.mark.timeout(1200)
 def test_a_model_of_five_hundred_megabytes_is_held_once(tmp_path):
     """The suite for a model of random weights, in small."""
-    subprocess.run([sys.executable, "-m", "sdworker.compiled", "--tiny", "--record", tmp_path, "--scratch", tmp_path],
-                   check=True, capture_output=True)
+    command = [sys.executable, "-m", "sdworker.lab.bench_aot", "--tiny", "--record", tmp_path, "--scratch", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
     report = json.loads((tmp_path / "capsule-tiny.json").read_text())
     assert report["memory"]["weights"] >= 500e6 and report["memory"]["ratio"] < 1.15, report["memory"]
     assert report["starts"]["capsule"]["rows"]["total"] > 0 and set(report["images"]) == {"1", "4"}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import is_compiled, prepare, use_compile, why_not_compiled
-from sdworker.engine import PipelineEngine, generate
-from sdworker.images import from_data_uri
-from sdworker.loopback import work
-from sdworker.measure import psnr
-from sdworker.miniatures import miniature
-from sdworker.whole import FamilyEngine
+from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.timing import psnr
+from sdworker.embedded.tiny_models import miniature
+from sdworker.engine.generate import PipelineEngine, generate
+from sdworker.engine.pipeline import FamilyEngine
+from sdworker.engine.torch_compile import is_compiled, prepare, use_compile, why_not_compiled
+from sdworker.lab.queue_server import work
+from sdworker.serve.image_io import from_data_uri
 
-OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 PROMPT = "a large red star on a blue background"
 
 
@@ -31,7 +31,7 @@ def job(name: str) -> dict:
 def cache(tmp_path_factory):
     """A cache filled by the command, for the embedded model on this processor, one image in a call."""
     folder = tmp_path_factory.mktemp("cache")
-    done = subprocess.run([sys.executable, "-m", "sdworker.cli", "bake", "--compile-cache", "--json"], text=True,
+    done = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "bake", "--compile-cache", "--json"], text=True,
                           env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "SDWORKER_MAX_BATCH": "1"},
                           capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -55,23 +55,23 @@ def test_a_cache_draws_on_every_processor_of_its_kind(cache, other):
 
 
 COUNTED = """
-import sdworker.handler, sdworker.load
-draw = sdworker.handler._draw
+import sdworker.serve.handler, sdworker.start.load
+draw = sdworker.serve.handler._draw
 
 def counted(**arguments):
     import torch
     calls = []
     def count(call):
         return lambda *given, **named: (calls.append(1), call(*given, **named))[1]
-    for module in sdworker.load.initialize_model().pipe.unet.modules():
+    for module in sdworker.start.load.initialize_model().pipe.unet.modules():
         if module._compiled_call_impl:
             module._compiled_call_impl = count(module._compiled_call_impl)
     torch.compiler.set_stance("fail_on_recompile")  # nor may a call fall back on plain code
     drawn = draw(**arguments)
     print("calls of compiled code:", len(calls), flush=True)
     return drawn
-sdworker.handler._draw = counted
-sdworker.handler.start()
+sdworker.serve.handler._draw = counted
+sdworker.serve.handler.start()
 """
 
 
@@ -122,8 +122,8 @@ def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name)
 
 ONE_THREAD = """
 import threading
-import sdworker.handler, sdworker.load
-pipeline_for = sdworker.load.pipeline_for
+import sdworker.serve.handler, sdworker.start.load
+pipeline_for = sdworker.start.load.pipeline_for
 
 def drawn(module, call):
     from torch._inductor import cudagraph_trees as graphs
@@ -139,8 +139,8 @@ def watched(*given, **more):
     compiler = torch.compile  # of which the first half, that traces, is enough here
     torch.compile = lambda module, mode, fullgraph: compiler(module, fullgraph=fullgraph, backend="eager")
     return engine
-sdworker.load.pipeline_for = watched
-sdworker.handler.start()
+sdworker.start.load.pipeline_for = watched
+sdworker.serve.handler.start()
 """
 
 
@@ -162,9 +162,9 @@ def test_one_thread_loads_and_compiles_and_draws(load):
 
 CACHED = """
 import logging
-from sdworker.card import EMBEDDED, read_card
-from sdworker.compiling import is_compiled, prepare, use_compile
-from sdworker.whole import FamilyEngine
+from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.engine.torch_compile import is_compiled, prepare, use_compile
+from sdworker.engine.pipeline import FamilyEngine
 logging.basicConfig(level="INFO", format="%(message)s")
 engine = FamilyEngine(read_card(EMBEDDED, "embedded"))
 assert use_compile(engine.pipe, "cached", engine.card, most=1) == ""

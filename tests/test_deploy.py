@@ -14,9 +14,9 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from sdworker import client, deploy
-from sdworker.cli import app
-from sdworker.hub import hub_json, presets
+from sdworker.cli.main import app
+from sdworker.operate import client, deploy
+from sdworker.operate.hub import hub_json, presets
 
 DATA = Path(os.environ.get("SDWORKER_DATA", ""))
 pytestmark = pytest.mark.skipif(not (DATA / "runpod-openapi-v2.json").is_file(),
@@ -208,7 +208,7 @@ def test_the_server_would_notice(account):
 
 def test_the_dry_run_needs_no_key_and_prints_a_payload_that_runpod_takes():
     environment = {name: value for name, value in os.environ.items() if name != "RUNPOD_API_KEY"}
-    command = [sys.executable, "-m", "sdworker.cli", "deploy", "--dry-run", "--json"]
+    command = [sys.executable, "-m", "sdworker.cli.main", "deploy", "--dry-run", "--json"]
     done = subprocess.run(command, cwd=HUB.parent, env=environment, capture_output=True, text=True, check=True)
     template, endpoint = (step["body"] for step in json.loads(done.stdout)["steps"])
     described = Description()

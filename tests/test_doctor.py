@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.bake import bake, set_writable
-from sdworker.card import EMBEDDED, read_card
-from sdworker.families import FAMILIES
-from sdworker.loopback import work
-from sdworker.memory import SPARE, Way, meta_components, needed
-from sdworker.miniatures import MINIATURES, miniature, with_refiner
-from sdworker.modelhub import Hub
+from sdworker.build.bake import bake, set_writable
+from sdworker.core.families import FAMILIES
+from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.embedded.tiny_models import MINIATURES, miniature, with_refiner
+from sdworker.engine.memory_planner import SPARE, Way, meta_components, needed
+from sdworker.lab.hub_server import Hub
+from sdworker.lab.queue_server import work
 
-OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 JOB = {"id": "job", "input": {"prompt": "a red star", "num_inference_steps": 2}}
 HERE = {"RUNPOD_WEBHOOK_GET_JOB": "", "RUNPOD_API_KEY": "", "BUCKET_ENDPOINT_URL": ""}
 DISK = "import collections, shutil; shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')({free})\n"
@@ -36,7 +36,7 @@ sys.modules["pynvml"] = types.SimpleNamespace(
 
 def call(plant: str, folder: Path, **variables: str) -> tuple[int, dict[str, dict]]:
     """The exit code, and the findings by name."""
-    code = f"{plant}\nfrom sdworker.cli import main\nmain()"
+    code = f"{plant}\nfrom sdworker.cli.main import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, "doctor", "--json"], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, **HERE, **variables})
     assert "Traceback" not in done.stderr, done.stderr
@@ -91,17 +91,17 @@ def test_a_planted_fault_is_found(fault, tmp_path):
 
 FINDINGS = """
 import contextlib, json, sys, torch
-from sdworker import doctor
-from sdworker.memory import NotComputed, meta_components
-from sdworker.settings import settings
+from sdworker.operate import doctor
+from sdworker.engine.memory_planner import NotComputed, meta_components
+from sdworker.core.settings import settings
 with contextlib.suppress(NotComputed):
     meta_components(doctor.model_card(), "float32")  # diffusers asks a real card questions when it is imported
 torch.cuda.is_available = lambda: {cuda}
 asked = []
-import sdworker.capsule
-sdworker.capsule.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
+import sdworker.aot.engine
+sdworker.aot.engine.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
 doctor.capsules_in = lambda places: True
-from sdworker.start_checks import run_check
+from sdworker.serve.start_checks import run_check
 looks = {{name: vars(run_check(getattr(doctor, name), settings())) for name in ("memory", "attention", "capsule")}}
 print(json.dumps([looks, asked]))
 """
@@ -195,7 +195,7 @@ def test_the_quick_looks_only_warn_of_what_a_worker_can_live_with(tmp_path):
     assert "output" in shift.answers["job"] and "payload: 8 images of 8192 pixels" in shift.log
 
 
-FULL_DISK = DISK.format(free=2e6) + "from sdworker.cli import app\napp(['start'])"
+FULL_DISK = DISK.format(free=2e6) + "from sdworker.cli.main import app\napp(['start'])"
 
 
 def test_out_of_disk_space_is_a_sentence_and_a_baked_model_needs_none(tmp_path):

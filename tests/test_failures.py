@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sdworker.demo import free_port
-from sdworker.handler import handler
-from sdworker.loopback import work
-from sdworker.settings import settings
+from sdworker.core.settings import settings
+from sdworker.lab.demo import free_port
+from sdworker.lab.queue_server import work
+from sdworker.serve.handler import handler
 
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 LOST = "the GPU takes no more work from this process"
@@ -21,7 +21,7 @@ LOST = "the GPU takes no more work from this process"
 # What follows is put before a worker's start, and breaks its engine, or the reading of weights, whose errors diffusers
 # wraps in one of its own.
 LIBRARY = """
-import safetensors.torch, torch, sdworker.handler, sdworker.whole
+import safetensors.torch, torch, sdworker.serve.handler, sdworker.engine.pipeline
 from unittest.mock import patch
 
 TEXT = '''CUDA error: an illegal memory access was encountered
@@ -55,7 +55,7 @@ def fail(owner, name, error, first=0, last=10**9):
 
 
 def worker(*lines: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-c", "\n".join([LIBRARY, *lines, "sdworker.handler.start()"])]
+    return [sys.executable, "-W", "ignore", "-c", "\n".join([LIBRARY, *lines, "sdworker.serve.handler.start()"])]
 
 
 def job(name: str, **fields) -> dict:
@@ -66,7 +66,7 @@ def job(name: str, **fields) -> dict:
     ("encode", "illegal"), ("decode", "unreadable"),
     ("denoise", "lambda: RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered')")])
 def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
-    shift = work(worker(f"fail(sdworker.whole.FamilyEngine, {stage!r}, {error}, first=1)"),
+    shift = work(worker(f"fail(sdworker.engine.pipeline.FamilyEngine, {stage!r}, {error}, first=1)"),
                  [job("drawn"), job("lost"), job("third"), job("fourth")], {"SDWORKER_LOAD": "lazy"}, 60, stop=False)
     assert "images" in shift.answers["drawn"].get("output", {}), shift.log
     assert shift.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was encountered)")
@@ -75,7 +75,7 @@ def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
     assert shift.code, "the process ends by itself, and not as if all were well"
 
 
-@pytest.mark.parametrize("owner", ["safetensors.torch, 'load_file'", "sdworker.whole.FamilyEngine, 'decode'"])
+@pytest.mark.parametrize("owner", ["safetensors.torch, 'load_file'", "sdworker.engine.pipeline.FamilyEngine, 'decode'"])
 def test_a_gpu_that_is_lost_before_the_first_job(owner):
     """In the load, or in the warm-up that follows it in the background."""
     shift = work(worker(f"fail({owner}, illegal)"), [job("first"), job("second")], limit=60, stop=False,
@@ -89,7 +89,7 @@ def test_out_of_memory_in_a_job_is_no_lost_gpu():
     """Alone it does not fit, and is refused; the worker stays, and the next job is drawn."""
     shift = work(worker("out = lambda: torch.AcceleratorError(TEXT.replace('an illegal memory access was encountered',"
                         " 'out of memory'))",
-                        "fail(sdworker.whole.FamilyEngine, 'decode', out, last=0)"),
+                        "fail(sdworker.engine.pipeline.FamilyEngine, 'decode', out, last=0)"),
                  [job("large"), job("small")], {"SDWORKER_LOAD": "lazy"})
     assert shift.answers["large"]["error"].startswith("not even one image of this size fits"), shift.log
     assert "output" in shift.answers["small"] and "stopPod" not in shift.answers["large"]
@@ -97,10 +97,11 @@ def test_out_of_memory_in_a_job_is_no_lost_gpu():
 
 def test_a_batch_that_did_not_fit_is_not_tried_again():
     words = "GET was unable to find an engine to execute this computation"
-    code = f"few = lambda: RuntimeError({words!r})\nfail(sdworker.whole.FamilyEngine, 'decode', few, last=0)\n" \
-        "whole = sdworker.whole.FamilyEngine.decode\n" \
+    code = f"few = lambda: RuntimeError({words!r})\n" \
+        "fail(sdworker.engine.pipeline.FamilyEngine, 'decode', few, last=0)\n" \
+        "whole = sdworker.engine.pipeline.FamilyEngine.decode\n" \
         "def counted(self, latents):\n    print('images at once:', len(latents), flush=True)\n" \
-        "    return whole(self, latents)\nsdworker.whole.FamilyEngine.decode = counted"
+        "    return whole(self, latents)\nsdworker.engine.pipeline.FamilyEngine.decode = counted"
     shift = work(worker(code), [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
                                 job("smaller", num_images=4, width=32, height=32)], {"SDWORKER_LOAD": "lazy"})
     sizes = [int(line.rpartition(" ")[2]) for line in shift.log.splitlines() if line.startswith("images at once")]
@@ -124,8 +125,8 @@ def test_a_load_that_finds_no_memory_is_tried_again_and_blames_no_file():
 
 def test_the_local_api_ends_as_well():
     port = free_port()
-    code = "\n".join([LIBRARY, "fail(sdworker.whole.FamilyEngine, 'denoise', illegal)",
-                      f"sdworker.handler.serve(port={port})"])
+    code = "\n".join([LIBRARY, "fail(sdworker.engine.pipeline.FamilyEngine, 'denoise', illegal)",
+                      f"sdworker.serve.handler.serve(port={port})"])
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env=os.environ | {"SDWORKER_LOAD": "lazy"})
     try:
@@ -155,7 +156,8 @@ def test_settings_that_make_no_sense_at_each_door(wrong_variable):
     """A start ends with the sentence and takes no job; a handler that is called without one answers with it."""
     shift = work(HANDLER, [job("one")], limit=60, stop=False)
     assert shift.code == 1 and shift.log.strip() == f"sdworker: {wrong_variable}" and not shift.taken
-    served = subprocess.run([sys.executable, "-m", "sdworker.cli", "serve"], capture_output=True, text=True, timeout=60)
+    served = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], capture_output=True, text=True,
+                            timeout=60)
     assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"
     assert handler(job("one")) == {"error": wrong_variable, "refresh_worker": True}
 
@@ -167,7 +169,8 @@ def test_no_job_makes_the_handler_raise(odd):
     json.dumps(handler(odd))
 
 
-@pytest.mark.parametrize("broken", ["sdworker.handler.note", "sdworker.monitor.gpu_state", "sdworker.monitor._sum_up"])
+@pytest.mark.parametrize("broken", ["sdworker.serve.handler.note", "sdworker.serve.monitor.gpu_state",
+                                    "sdworker.serve.monitor._sum_up"])
 def test_neither_log_nor_monitor_keeps_an_answer_back(monkeypatch, broken):
     def fail(*given, **more):
         raise OSError("no space left on device")

@@ -8,10 +8,10 @@ import pytest
 from handled import handled, pixels
 from PIL import Image
 
-from sdworker.card import EMBEDDED, read_card
-from sdworker.families import FAMILIES
-from sdworker.images import data_uri
-from sdworker.miniatures import MINIATURES, miniature
+from sdworker.core.families import FAMILIES
+from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.embedded.tiny_models import MINIATURES, miniature
+from sdworker.serve.image_io import data_uri
 
 RED, BLUE, MASK = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
 MASK.paste(255, (32, 0, 64, 64))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.card import EMBEDDED
-from sdworker.load import initialize_model
-from sdworker.quality import LEAST, gate
+from sdworker.core.model_info import EMBEDDED
+from sdworker.lab.quality import LEAST, gate
+from sdworker.start.load import initialize_model
 
 RECORD = json.loads((Path(__file__).parent.parent / "results" / "adherence.json").read_text())
 

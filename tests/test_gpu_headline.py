@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sdworker import gpu_headline
-from sdworker.bench import table, unused
-from sdworker.capsule import find_capsule
-from sdworker.card import EMBEDDED, read_card, read_json
-from sdworker.gpu_checks import checks_table
-from sdworker.gpu_headline import headline, headline_table, way_in_process
-from sdworker.gpu_report import Setup
-from sdworker.gpu_starts import aot_table, measure_aot, measure_starts, start, starts_table
+from sdworker.aot.engine import find_capsule
+from sdworker.core.model_info import EMBEDDED, read_card, read_json
+from sdworker.lab import gpu_headline
+from sdworker.lab.bench import table, unused
+from sdworker.lab.gpu_checks import checks_table
+from sdworker.lab.gpu_headline import headline, headline_table, way_in_process
+from sdworker.lab.gpu_report import Setup
+from sdworker.lab.gpu_starts import aot_table, measure_aot, measure_starts, start, starts_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,9 +110,11 @@ RECORDS = {  # made up: no machine has measured them
     "bench-gpu": {"date": "2000-01-01", "machine": {"gpu": "an invented GPU", "torch": "0.0"}, "tiny": False, "rows": {
         "switch bfloat16": {"time": IMAGES, "turns": 3, "peak": 9e9, "psnr": 60.0, "least": 40},
         "switch attention: sliced": {"failed": "an error", "tries": 2}}}}
-PLACES = [("97c_gpu_headline", "headline-gpu"), ("98_claims", "headline-gpu"), ("95_compiled", "capsule-cuda"),
-          ("93_proof", "coldstart-gpu"), ("02a_families", "gpu-families"), ("97b_gpu_checks", "gpu-check"),
-          ("97_bench", "bench-gpu")]
+PLACES = [("8_lab/11_gpu_headline", "headline-gpu"), ("8_lab/14_claims", "headline-gpu"),
+          ("8_lab/06_bench_aot", "capsule-cuda"),
+          ("8_lab/04_proof", "coldstart-gpu"), ("0_core/03_families", "gpu-families"),
+          ("8_lab/10_gpu_checks", "gpu-check"),
+          ("8_lab/05_bench", "bench-gpu")]
 
 
 @pytest.mark.parametrize(("notebook", "name"), PLACES)
@@ -127,18 +129,18 @@ def test_a_table_waits_for_its_record(notebook, name, partly, tmp_path, monkeypa
              "checks_table": checks_table, "table": table, "unused": unused,
              "as_markdown": lambda lines: "\n".join(map(str, lines))}
     shown: list[str] = []
-    for folder in ("nbs", "results"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.chdir(tmp_path / "nbs")
+    for folder in ("nbs/8_lab", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "nbs/8_lab")
     exec(source, dict(names))
     assert "not measured" in shown.pop().lower() and not shown
     missing = dict.fromkeys(("rates", "operations", "jobs", "bake", "images", "compile")) if partly else {}
     record = RECORDS[name] | {key: value for key, value in missing.items() if key in RECORDS[name]}
     if partly:
         record |= {key: {} for key in ("ways", "starts", "floors", "failed", "parts", "rows") if key in record}
-    Path("../results", f"{name}.json").write_text(json.dumps(record))
+    Path("../../results", f"{name}.json").write_text(json.dumps(record))
     exec(source, dict(names))
-    if notebook == "98_claims" and partly:
+    if notebook == "8_lab/14_claims" and partly:
         assert "not measured" in shown[0], "no way was measured"
     else:
         assert "an invented GPU" in shown[0] and "not measured" not in shown[0].lower()

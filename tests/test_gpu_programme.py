@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.bench import SECONDS
-from sdworker.gpu_checks import FORMATS, families, verdict
-from sdworker.gpu_programme import STAGES, project_requirements, reach, run
-from sdworker.gpu_report import Setup
-from sdworker.measure import machine
+from sdworker.core.timing import machine
+from sdworker.lab.bench import SECONDS
+from sdworker.lab.gpu_checks import FORMATS, families, verdict
+from sdworker.lab.gpu_programme import STAGES, project_requirements, reach, run
+from sdworker.lab.gpu_report import Setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def test_the_families_run_on_the_device_of_the_setup(setup):
 
 
 def test_a_record_of_a_gpu_wants_all_formats(setup):
-    from sdworker.gpu_checks import formats
+    from sdworker.lab.gpu_checks import formats
 
     assert formats(Setup()) == FORMATS and formats(setup) == FORMATS[2:]
 
@@ -78,7 +78,7 @@ def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
             return distribution(one.name).requires or ()
         except PackageNotFoundError:
             return ()
-    code = ("import sys; from sdworker.handler import handler; answer = handler({'input': {'prompt': 'a star'}});"
+    code = ("import sys; from sdworker.serve.handler import handler; answer = handler({'input': {'prompt': 'a star'}});"
             "assert answer['images']; print(*{name.partition('.')[0] for name in sys.modules})")
     drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
     names, packages = reach(project_requirements(ROOT), of), packages_distributions()
@@ -88,7 +88,7 @@ def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
 
 
 def test_every_stage_has_a_function():
-    from sdworker.gpu_programme import stage_function
+    from sdworker.lab.gpu_programme import stage_function
 
     assert all(callable(stage_function(name)) for name in STAGES)
 
@@ -101,7 +101,7 @@ def test_the_benchmark_is_interrupted_and_goes_on_with_what_it_has(tmp_path):
     done = {name: {"not_used": "by another call"} for name in SECONDS if name not in ("switch channels last", cut)}
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / part.name).write_text(json.dumps({"machine": machine(), "done": done}))
-    command = [sys.executable, "-m", "sdworker.gpu_programme", "run", "bench", "--dry",
+    command = [sys.executable, "-m", "sdworker.lab.gpu_programme", "run", "bench", "--dry",
                *(f"--{name}={tmp_path / name}" for name in ("out", "state", "scratch"))]
     with subprocess.Popen([*command, "--seconds=3600"], cwd=tmp_path, env=os.environ | {"CXX": str(compiler)},
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:

@@ -21,12 +21,12 @@ from tempfile import TemporaryDirectory
 import pytest
 from packaging.utils import parse_wheel_filename
 
-from sdworker.cache import environment
-from sdworker.card import EMBEDDED
-from sdworker.embedded import judge
-from sdworker.image import split_layers
-from sdworker.images import from_data_uri
-from sdworker.modelhub import Hub
+from sdworker.build.cache_dirs import environment
+from sdworker.build.layers import split_layers
+from sdworker.core.model_info import EMBEDDED
+from sdworker.embedded.shapes import judge
+from sdworker.lab.hub_server import Hub
+from sdworker.serve.image_io import from_data_uri
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "out" / "image-test"
@@ -194,7 +194,7 @@ def inside(container: tuple[str, Path], *command: str, check: bool = True):
 
 WORK = """
 import json, socket, sys
-from sdworker.loopback import work
+from sdworker.lab.queue_server import work
 prompt, settings = sys.argv[1], dict(one.split("=") for one in sys.argv[2:])
 shift = work(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}], settings, limit=400)
 print(json.dumps([socket.if_nameindex(), shift.answers["first"], shift.log]))
@@ -254,7 +254,7 @@ def test_the_model_is_what_the_hub_has(container, hub, tmp_path):
     report = json.loads(inside(container, "sdworker", "verify", "/model", "--json").stdout)
     assert (report["repository"], report["revision"]) == (MODEL, hub.commit(MODEL))
     ours = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
-    subprocess.run([sys.executable, "-m", "sdworker.cli", "bake", MODEL, "--revision", hub.commit(MODEL), "--to",
+    subprocess.run([sys.executable, "-m", "sdworker.cli.main", "bake", MODEL, "--revision", hub.commit(MODEL), "--to",
                     tmp_path / "model"], env=ours, check=True, capture_output=True)
     split_layers(tmp_path / "model", tmp_path / "layers", limit=LAYER_BYTES)
     ours, = (tmp_path / "layers").glob("*/manifest.json")
@@ -314,7 +314,7 @@ def test_the_token_is_nowhere(image, hub):
 @pytest.mark.image
 def test_a_failing_notebook_stops_the_build_before_the_bake(locks, tmp_path):
     folder, log, token = sources(tmp_path / "context", locks), KEPT / "failing.log", tmp_path / "token"
-    path = folder / "nbs/20_engine.ipynb"  # has the most cells of those that the image's tests run, so it goes first
+    path = folder / "nbs/2_engine/03_generate.ipynb"  # has the most cells of those that are run there: it goes first
     notebook = json.loads(path.read_text())
     notebook["cells"].insert(2, {"cell_type": "code", "execution_count": None, "id": "wrong", "metadata": {},
                                  "outputs": [], "source": ["assert False"]})
@@ -323,6 +323,6 @@ def test_a_failing_notebook_stops_the_build_before_the_bake(locks, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as hub:
         hub.setblocking(False)
         code = build(folder, log, token, MODEL_REVISION="main", HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}")
-        assert code != 0 and f"FAILED nbs/{path.name}" in log.read_text(), log.read_text()[-5000:]
+        assert code != 0 and f"FAILED {path.relative_to(folder)}" in log.read_text(), log.read_text()[-5000:]
         with pytest.raises(BlockingIOError):  # nobody has called
             hub.accept()

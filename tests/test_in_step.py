@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = {  # module -> number of its notebook, with its letter if it has one: 24 comes before 24a
-    re.search(r"#\|\s*default_exp (\w+)", path.read_text())[1]: path.name.partition("_")[0]
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MODULES = {  # module -> its notebook; "2_engine/03_generate.ipynb" comes after "1_build/04_bake.ipynb"
+    re.search(r"#\|\s*default_exp ([\w.]+)", path.read_text())[1]: path
     for path in NOTEBOOKS if "default_exp" in path.read_text()
 }
 
@@ -45,21 +45,21 @@ def nbdev(command: str, where: Path) -> None:
 
 def test_package_is_what_the_notebooks_export(scratch):
     nbdev("nbdev-export", scratch)
-    assert {path.name for path in (ROOT / "sdworker").glob("*.py")} == {
-        path.name for path in (scratch / "sdworker").glob("*.py")}, "each module comes from a notebook"
-    for path in sorted((ROOT / "sdworker").glob("*.py")):
-        assert path.read_text() == (scratch / "sdworker" / path.name).read_text(), (
-            f"sdworker/{path.name} is not what its notebook exports; edit the notebook and run `make notebooks`")
+    ours, exported = ({str(path.relative_to(root)): path.read_text() for path in (root / "sdworker").rglob("*.py")}
+                      for root in (ROOT, scratch))
+    assert set(ours) == set(exported), "each module comes from a notebook"
+    stale = [path for path in ours if ours[path] != exported[path]]
+    assert not stale, f"{stale} are not what their notebooks export; edit the notebooks and run `make notebooks`"
 
 
 def test_notebooks_are_clean(scratch):
     nbdev("nbdev-clean", scratch)
     for path in NOTEBOOKS:
-        assert json.loads(path.read_text()) == json.loads((scratch / "nbs" / path.name).read_text()), (
-            f"{path.name} is not clean; run `make notebooks`")
+        assert json.loads(path.read_text()) == json.loads((scratch / path.relative_to(ROOT)).read_text()), (
+            f"{path.relative_to(ROOT)} is not clean; run `make notebooks`")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_notebook_is_one_to_read(path):
     first = next(cell for cell in cells(path) if cell["cell_type"] == "markdown")
     title, _, rest = source(first).partition("\n")
@@ -72,26 +72,25 @@ def test_notebook_is_one_to_read(path):
     assert not any(output["output_type"] == "error" for cell in cells(path) for output in cell.get("outputs", []))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_a_source_is_a_page_and_not_a_front_door(path):
     fronts = set(re.findall(r"\]\((https?://[^/)]+)/?\)", "\n".join(source(cell) for cell in cells(path))))
     assert fronts <= {"https://simpy.readthedocs.io"}, "a figure cannot be found there"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_who_shows_a_record_names_its_torch(path):
     code = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "code")
     shown = {name for name in re.findall(r"\.\./results(?:/([\w{}-]+)\.json)?", code)
              if not re.search("gpu|cuda|plan-trace", name)}  # these name a GPU; a simulation has no torch in it
-    assert not shown or "measured_on(" in code or path.stem == "13_image", "the image's own record lists its versions"
+    assert not shown or "measured_on(" in code or path.stem == "06_layers", "the image's own record lists its versions"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_exported_definitions_have_an_example(name):
     """Every exported function is used in a cell that is not exported; only `main` is left to the system tests."""
-    path = next(path for path in NOTEBOOKS if f"#| default_exp {name}" in path.read_text())
     exported, examples = [], ""
-    for text in (source(cell) for cell in cells(path) if cell["cell_type"] == "code"):
+    for text in (source(cell) for cell in cells(MODULES[name]) if cell["cell_type"] == "code"):
         if re.match(r"#\|\s*exports?\b", text):
             exported += [node.name for node in ast.parse(text).body
                          if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main"]
@@ -101,19 +100,39 @@ def test_exported_definitions_have_an_example(name):
     assert not unused, f"no example uses {unused}"
 
 
+def test_a_module_lies_in_its_notebooks_chapter():
+    for name, path in MODULES.items():
+        assert re.fullmatch(r"\d_" + name.split(".")[0], path.parent.name), f"{path} exports {name}"
+        assert re.fullmatch(r"\d\d_\w+\.ipynb", path.name), f"{path.name} has no two-digit number"
+
+
+def imported(name: str) -> set[str]:
+    """The modules of this package that a module imports, also inside of functions: "core.settings"."""
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / "sdworker" / f"{name.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            inside = f"sdworker.{name}".split(".")[:-node.level] if node.level else []  # nbdev's are relative
+            module = ".".join([*inside, *([node.module] if node.module else [])])
+            modules |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return {module.removeprefix("sdworker.") for module in modules} & set(MODULES)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_import_only_from_lower_numbers(name):
-    tree = ast.parse((ROOT / "sdworker" / f"{name}.py").read_text())
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    used = {node.module for node in froms if node.level and node.module}  # nbdev makes top-level imports relative
-    used |= {alias.name for node in froms if node.level and not node.module for alias in node.names}
-    absolute = [node.module for node in froms if not node.level]
-    absolute += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    used |= {other.split(".")[1] for other in absolute if other.startswith("sdworker.")}
-    assert all(MODULES[other] < MODULES[name] for other in used), f"{name} imports {used}"
+def test_a_module_imports_only_lower_ones(name):
+    """A chapter imports only chapters with a lower number; within a chapter the notebooks' numbers count."""
+    assert not [other for other in imported(name) if MODULES[other] >= MODULES[name]]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sdworker").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_the_lab_is_not_imported_by_the_worker():
+    """It is not in the image; two commands of the command line say so there."""
+    outside = {name for name in MODULES if not name.startswith("lab.")}
+    assert {name for name in outside if any(other.startswith("lab.") for other in imported(name))} == {"cli.reports"}
+    assert not {name for name in outside if "embedded.training" in imported(name)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sdworker").rglob("[!_]*.py")), ids=lambda path: path.stem)
 def test_a_module_binds_a_name_once(path):
     """A notebook's example runs before a later cell binds its name again; whoever imports the module gets the later."""
     names = []
@@ -140,7 +159,7 @@ def test_importing_sdworker_is_cheap():
 
 def test_the_handler_imports_only_what_refusing_a_request_needs():
     """A new name here costs every cold start: measure it (`python -X importtime`), then allow it or import it later."""
-    code = "import sys, sdworker.handler; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, sdworker.serve.handler; print(*{name.partition('.')[0] for name in sys.modules})"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names
     brought -= {"sitecustomize"}  # Debian's interpreter brings it, whatever is imported
@@ -149,7 +168,7 @@ def test_the_handler_imports_only_what_refusing_a_request_needs():
 
 
 def test_refusing_a_request_needs_no_torch():
-    code = ("import sys; from sdworker.handler import handler; "
+    code = ("import sys; from sdworker.serve.handler import handler; "
             "assert 'width' in handler({'input': {'prompt': 'x', 'width': 65}})['error']; "
             "sys.exit(1 if 'torch' in sys.modules else 0)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

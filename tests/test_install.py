@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
-from sdworker.embedded import judge
+from sdworker.embedded.shapes import judge
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_package_and_model_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "sdworker/embedded_model/unet/diffusion_pytorch_model.safetensors" in names
+    assert "sdworker/embedded/model/unet/diffusion_pytorch_model.safetensors" in names
     assert not [name for name in names if name.startswith(("nbs/", "tests/", "docs/"))]
 
 
@@ -51,7 +51,8 @@ def test_fresh_environment_draws(wheel, tmp_path):
                                check=True, capture_output=True, text=True).stdout.strip())
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
-    start = ("import json, sdworker.cli, sdworker.handler; from sdworker.imports import import_runpod, uncompiled; "
+    start = ("import json, sdworker.cli.main, sdworker.serve.handler; "
+             "from sdworker.start.fast_imports import import_runpod, uncompiled; "
              "import_runpod(); print(json.dumps(uncompiled()))")
     done = subprocess.run([python, "-c", start], cwd=tmp_path, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
                           check=True, capture_output=True, text=True)
@@ -68,7 +69,7 @@ def test_fresh_environment_draws(wheel, tmp_path):
 def test_every_import_is_a_declared_dependency(wheel):
     """The environment above would hide a forgotten one."""
     imported = set()
-    for path in (ROOT / "sdworker").glob("*.py"):
+    for path in (ROOT / "sdworker").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])

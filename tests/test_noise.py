@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdworker.addons import use_addons
-from sdworker.card import EMBEDDED, read_card
-from sdworker.engine import generate, scheduler_for
-from sdworker.families import FAMILIES
-from sdworker.miniatures import MINIATURES, miniature, with_refiner
-from sdworker.samplers import TABLED, make_table, run_table, seeded
-from sdworker.whole import FamilyEngine
+from sdworker.aot.sampler_tables import TABLED, make_table, run_table, seeded
+from sdworker.core.families import FAMILIES
+from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.embedded.tiny_models import MINIATURES, miniature, with_refiner
+from sdworker.engine.generate import generate, scheduler_for
+from sdworker.engine.lora_refiner import use_addons
+from sdworker.engine.pipeline import FamilyEngine
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 START, MASK = Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sdworker.cli import app
-from sdworker.plan import Endpoint, Load, Outcome, poisson, read_trace, simulate
-from sdworker.replay import replay
+from sdworker.cli.main import app
+from sdworker.lab.plan_vs_real import replay
+from sdworker.operate.plan import Endpoint, Load, Outcome, poisson, read_trace, simulate
 
 TRACE = Path(os.environ.get("SDWORKER_DATA", ""), "gentd26-sd-requests-2024-11.csv.gz")
 
@@ -104,7 +104,7 @@ def test_a_day_of_a_hundred_thousand_requests_keeps_every_rule():
 
 @pytest.mark.skipif(not TRACE.is_file(), reason="the trace is in no folder that SDWORKER_DATA names")
 def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
-    command = [sys.executable, "-m", "sdworker.cli", "plan", "--trace", str(TRACE), "--grid", "default",
+    command = [sys.executable, "-m", "sdworker.cli.main", "plan", "--trace", str(TRACE), "--grid", "default",
                "--goal", "p95<30s", "--json"]
     begun = time.perf_counter()
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

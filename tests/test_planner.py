@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdworker.bench import gpu_suite
-from sdworker.card import EMBEDDED, ModelCard, read_card
-from sdworker.engine import generate, load_pipeline
-from sdworker.families import FAMILIES
-from sdworker.memory import PICTURE_TOKENS, Way, activations, bytes_of, meta_components, peak_bytes
-from sdworker.miniatures import MINIATURES, miniature
-from sdworker.whole import FamilyEngine
+from sdworker.core.families import FAMILIES
+from sdworker.core.model_info import EMBEDDED, ModelCard, read_card
+from sdworker.embedded.tiny_models import MINIATURES, miniature
+from sdworker.engine.generate import generate, load_pipeline
+from sdworker.engine.memory_planner import PICTURE_TOKENS, Way, activations, bytes_of, meta_components, peak_bytes
+from sdworker.engine.pipeline import FamilyEngine
+from sdworker.lab.bench import gpu_suite
 
 READER = "processor/preprocessor_config.json"
 LONG = {  # by pipeline and file: configurations for prompts and pictures as long as the real models read

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.embedded import judge
-from sdworker.images import from_data_uri
-from sdworker.loopback import work
+from sdworker.embedded.shapes import judge
+from sdworker.lab.queue_server import work
+from sdworker.serve.image_io import from_data_uri
 
 PROMPT = "a large red star on a blue background"
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]  # what RunPod starts
@@ -47,14 +47,14 @@ def test_the_ledger_comes_once_and_adds_up(way):
 SLOW_LOAD = """
 import os, time
 os.register_at_fork(before=lambda: print("forked with threads:", len(os.listdir("/proc/self/task")), flush=True))
-import sdworker.handler, sdworker.load
-place = sdworker.load.place
+import sdworker.serve.handler, sdworker.start.load
+place = sdworker.start.load.place
 def slowly(*asked):  # in the loading thread, in the middle of the imports
     print("loading began", flush=True)
     time.sleep(4)
     return place(*asked)
-sdworker.load.place = slowly
-sdworker.handler.start()
+sdworker.start.load.place = slowly
+sdworker.serve.handler.start()
 """
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sdworker.demo import free_port, serving
-from sdworker.embedded import judge
-from sdworker.images import from_data_uri
+from sdworker.embedded.shapes import judge
+from sdworker.lab.demo import free_port, serving
+from sdworker.serve.image_io import from_data_uri
 
 PROMPT = "a large red star on a blue background"
 
@@ -65,7 +65,7 @@ def test_bad_input_is_named_and_the_worker_lives(client, fields, named):
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "sdworker.cli", *arguments], env={**os.environ, **environment},
+    return subprocess.run([sys.executable, "-m", "sdworker.cli.main", *arguments], env={**os.environ, **environment},
                           capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
@@ -116,7 +116,7 @@ def test_wrong_arguments_are_named(arguments, said):
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured():
     code = ("import importlib.util as util, sys; find = util.find_spec\n"
             "util.find_spec = lambda name: None if name == 'matplotlib' else find(name)\n"
-            "from sdworker.cli import app; app(['coldstart', '--plot', 'start.svg'])")
+            "from sdworker.cli.main import app; app(['coldstart', '--plot', 'start.svg'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "sdworker[notebooks]" in done.stderr
 

@@ -10,5 +10,6 @@ ROOT = Path(__file__).parent.parent
 def test_site_builds_with_a_page_for_each_notebook():
     done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.stem for path in (ROOT / "_docs").glob("*.html")}
-    assert {path.stem for path in (ROOT / "nbs").glob("*.ipynb")} <= pages
+    pages = {path.relative_to(ROOT / "_docs").with_suffix("") for path in (ROOT / "_docs").rglob("*.html")}
+    notebooks = {path.relative_to(ROOT / "nbs").with_suffix("") for path in (ROOT / "nbs").rglob("*.ipynb")}
+    assert notebooks <= pages

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.card import EMBEDDED
-from sdworker.loopback import Shift, work
+from sdworker.core.model_info import EMBEDDED
+from sdworker.lab.queue_server import Shift, work
 
-OURS = [sys.executable, "-m", "sdworker.cli", "start"]
+OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 JOBS = [{"id": name, "input": {"prompt": "a red star", "num_inference_steps": 2}} for name in ("first", "second")]
 
 
@@ -39,14 +39,14 @@ def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
 
 
 CUT = """
-import sdworker.handler, pathlib, sys
-look = sdworker.handler._look_ahead
+import sdworker.serve.handler, pathlib, sys
+look = sdworker.serve.handler._look_ahead
 def cut_after(queue):
     found, weights = look(queue), pathlib.Path(sys.argv[1])
     weights.write_bytes(weights.read_bytes()[:-1000])
     return found
-sdworker.handler._look_ahead = cut_after
-from sdworker.cli import app
+sdworker.serve.handler._look_ahead = cut_after
+from sdworker.cli.main import app
 app(["start"])
 """
 
@@ -67,25 +67,25 @@ def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
 
 
 VANISHING = """
-import sdworker.handler, sdworker.load, pathlib, sys
+import sdworker.serve.handler, sdworker.start.load, pathlib, sys
 there = pathlib.Path(sys.argv[1])
 away = there.with_name("away")
-place = sdworker.load.place
+place = sdworker.start.load.place
 def unmounted(*asked):  # after the files were looked at, before they are read
     if away.exists():
         raise SystemError("placed again while the folder is away")
     there.rename(away)
     return place(*asked)
-sdworker.load.place = unmounted
-handler = sdworker.handler.handler
+sdworker.start.load.place = unmounted
+handler = sdworker.serve.handler.handler
 def and_back(job):
     found = handler(job)
     if "error" in found:
         away.rename(there)
-        sdworker.load.place = place
+        sdworker.start.load.place = place
     return found
-sdworker.handler.handler = and_back
-sdworker.handler.start()
+sdworker.serve.handler.handler = and_back
+sdworker.serve.handler.start()
 """
 
 
@@ -98,16 +98,16 @@ def test_a_folder_that_goes_away_in_the_middle_of_a_start_and_comes_back(model):
 
 LATE = """
 import shutil, sys
-import sdworker.handler
+import sdworker.serve.handler
 come = sys.argv[1:]
-handler = sdworker.handler.handler
+handler = sdworker.serve.handler.handler
 def mounted_after(job):
     found = handler(job)
     if "error" in found:
         shutil.copytree(*come)
     return found
-sdworker.handler.handler = mounted_after
-sdworker.handler.start()
+sdworker.serve.handler.handler = mounted_after
+sdworker.serve.handler.start()
 """
 
 

@@ -11,14 +11,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from sdworker.bench import supervise
-from sdworker.card import EMBEDDED, ModelError, read_card
-from sdworker.compiling import fill_cache, is_compiled
-from sdworker.embedded import pairs
-from sdworker.engine import generate
-from sdworker.measure import machine
-from sdworker.profiles import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
-from sdworker.quality import draw_pairs, held, switched
+from sdworker.core.model_info import EMBEDDED, ModelError, read_card
+from sdworker.core.timing import machine
+from sdworker.embedded.shapes import pairs
+from sdworker.engine.build_pipeline import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
+from sdworker.engine.generate import generate
+from sdworker.engine.torch_compile import fill_cache, is_compiled
+from sdworker.lab.bench import supervise
+from sdworker.lab.quality import draw_pairs, held, switched
 
 CAPSULES = Path(__file__).parent.parent / "out" / "capsules"
 CARD = read_card(EMBEDDED, "embedded")
@@ -27,7 +27,7 @@ ASKED = pairs("gate 2", 20)
 
 @pytest.fixture(autouse=True)
 def capsules():
-    with patch("sdworker.quality.settings", return_value=defaults(capsules=str(CAPSULES))):
+    with patch("sdworker.lab.quality.settings", return_value=defaults(capsules=str(CAPSULES))):
         yield
 
 
@@ -101,7 +101,7 @@ def test_the_gate_finds_attention_that_is_a_tenth_too_weak(share):
 
     kernels, name = _AttentionBackendRegistry._backends, "attention: xformers"
     plain_kernel = kernels[AttentionBackendName._NATIVE_MATH]
-    with patch("sdworker.attention._missing", return_value=""), \
+    with patch("sdworker.engine.attention._missing", return_value=""), \
             patch.dict(kernels, {AttentionBackendName.XFORMERS: plain_kernel}):
         engine = built(name)
     with patch.dict(kernels, {AttentionBackendName.XFORMERS: lambda **given: share * plain_kernel(**given)}):
@@ -152,7 +152,7 @@ def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
 
 
 def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
-    command = [sys.executable, "-m", "sdworker.cli", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
+    command = [sys.executable, "-m", "sdworker.cli.main", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
                "--to", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -173,7 +173,7 @@ def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
 def test_a_run_that_was_cut_off_goes_on(tmp_path):
     part = tmp_path / ".bench-gpu-tiny.part.json"
     part.write_text(json.dumps({"machine": machine(), "done": {"roofline": {"share": 0.5}}}))
-    command = [sys.executable, "-m", "sdworker.cli", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
+    command = [sys.executable, "-m", "sdworker.cli.main", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
                "--to", str(tmp_path), "--minutes", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "call again to go on" in done.stderr
@@ -186,7 +186,7 @@ def test_a_row_that_hangs_is_ended_and_the_others_are_measured(tmp_path):
     script = """
 import json, sys, time
 from pathlib import Path
-from sdworker.bench import run
+from sdworker.lab.bench import run
 
 rows = run({"hangs": lambda: time.sleep(600), "other": lambda: 1}, Path(sys.argv[1]), seconds={"hangs": 1})
 if rows is None:
@@ -207,7 +207,7 @@ def test_a_row_that_the_end_of_its_call_cuts_off_is_run_again(tmp_path):
     script = """
 import faulthandler, json, os, sys, time
 from pathlib import Path
-from sdworker.bench import run
+from sdworker.lab.bench import run
 
 call, minutes, later, part, record = json.loads(sys.argv[1])
 now = time.time
@@ -236,7 +236,7 @@ def test_a_row_that_is_interrupted_is_run_again(tmp_path):
     script = """
 import json, sys, time
 from pathlib import Path
-from sdworker.bench import run
+from sdworker.lab.bench import run
 
 rows = run({"row": lambda: time.sleep(float(sys.argv[1]))}, Path(sys.argv[2]))
 Path(sys.argv[3]).write_text(json.dumps(rows))
