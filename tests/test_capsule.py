@@ -22,7 +22,9 @@ from sdworker.core.model_info import EMBEDDED, Unsuited, read_card
 from sdworker.core.timing import psnr
 from sdworker.embedded.shapes import judge
 from sdworker.embedded.tiny_models import miniature
-from sdworker.engine.generate import PipelineEngine, Shape, generate
+from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.engine.generate import generate
+from sdworker.engine.types import Shape
 from sdworker.lab.bench_aot import same_pictures
 from sdworker.lab.queue_server import Shift, work
 from sdworker.serve.image_io import data_uri, from_data_uri

@@ -13,7 +13,8 @@ from PIL import Image
 from sdworker.core.model_info import EMBEDDED, read_card
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature
-from sdworker.engine.generate import PipelineEngine, generate
+from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.engine.generate import generate
 from sdworker.engine.pipeline import FamilyEngine
 from sdworker.engine.torch_compile import is_compiled, prepare, use_compile, why_not_compiled
 from sdworker.lab.queue_server import work

@@ -10,7 +10,8 @@ from sdworker.aot.sampler_tables import TABLED, make_table, run_table, seeded
 from sdworker.core.families import FAMILIES
 from sdworker.core.model_info import EMBEDDED, read_card
 from sdworker.embedded.tiny_models import MINIATURES, miniature, with_refiner
-from sdworker.engine.generate import generate, scheduler_for
+from sdworker.engine.diffusers_pipeline import scheduler_for
+from sdworker.engine.generate import generate
 from sdworker.engine.lora_refiner import use_addons
 from sdworker.engine.pipeline import FamilyEngine
 

@@ -12,7 +12,8 @@ from PIL import Image
 from sdworker.core.families import FAMILIES
 from sdworker.core.model_info import EMBEDDED, ModelCard, read_card
 from sdworker.embedded.tiny_models import MINIATURES, miniature
-from sdworker.engine.generate import generate, load_pipeline
+from sdworker.engine.diffusers_pipeline import load_pipeline
+from sdworker.engine.generate import generate
 from sdworker.engine.memory_planner import PICTURE_TOKENS, Way, activations, bytes_of, meta_components, peak_bytes
 from sdworker.engine.pipeline import FamilyEngine
 from sdworker.lab.bench import gpu_suite

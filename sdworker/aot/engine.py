@@ -31,7 +31,7 @@ from ..core.checkpoint_files import components, header_of, weight_files
 from ..core.failures import device_loss, memory_is_out
 from ..core.model_info import ModelCard, ModelError, Unsuited, read_entry, read_json, vae_scale
 from ..engine.compiler_options import architecture
-from ..engine.generate import Encoded, Engine, OnStep, Shape, Shot
+from ..engine.types import Encoded, Engine, OnStep, Shape, Shot
 
 log = logging.getLogger("sdworker")
 

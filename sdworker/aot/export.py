@@ -31,9 +31,11 @@ from ..core.checkpoint_files import weight_files
 from ..core.model_info import ModelCard, ModelError
 from ..core.timing import psnr
 from ..engine.compiler_options import architecture, host_options, quoted_libraries
-from ..engine.generate import Engine, denoiser_of, generate, scheduler_for
+from ..engine.diffusers_pipeline import denoiser_of, scheduler_for
+from ..engine.generate import generate
 from ..engine.pipeline import FamilyEngine
 from ..engine.quantize import quantization
+from ..engine.types import Engine
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

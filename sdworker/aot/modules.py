@@ -14,7 +14,7 @@ import torch
 
 from .engine import MOST_IMAGES, ranges
 from ..core.model_info import ModelCard
-from ..engine.generate import to_pixels
+from ..engine.diffusers_pipeline import to_pixels
 from ..engine.pipeline import text_length
 
 if TYPE_CHECKING:

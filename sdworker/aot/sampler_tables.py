@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from ..engine.generate import randn
+from ..engine.diffusers_pipeline import randn
 
 # %% ../../nbs/3_aot/01_sampler_tables.ipynb #e8a83e5f
 MOST_STEPS = 100  # that tables are made for

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .generate import denoiser_of
+from .diffusers_pipeline import denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

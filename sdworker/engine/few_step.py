@@ -46,7 +46,7 @@ def use_preset(
 ) -> None:
     "Give a pipeline a preset's sampler, with its last step at the end of the noise (`trailing`)."
     if preset and preset.sampler:
-        from sdworker.engine.generate import scheduler_for  # which imports torch, and a card is read before
+        from sdworker.engine.diffusers_pipeline import scheduler_for  # which imports torch, and a card is read before
 
         own = scheduler_for(pipe.scheduler, preset.sampler)
         vars(pipe)["scheduler"] = own.from_config(own.config, timestep_spacing="trailing")

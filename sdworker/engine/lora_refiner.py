@@ -23,17 +23,8 @@ from ..build.bake import read_manifest, set_writable, sha256_of, write_manifest
 from ..core.checkpoint_files import header_of, weight_files
 from ..core.failures import device_loss, load_error, memory_is_out
 from ..core.model_info import ModelError, Unsuited, read_card
-from sdworker.engine.generate import (
-    Encoded,
-    OnStep,
-    Shape,
-    Shot,
-    denoise,
-    encode_prompts,
-    generators,
-    load_pipeline,
-    scheduler_for,
-)
+from .diffusers_pipeline import denoise, encode_prompts, generators, load_pipeline, scheduler_for
+from .types import Encoded, OnStep, Shape, Shot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

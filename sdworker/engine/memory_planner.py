@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.checkpoint_files import components, has_weights
 from ..core.model_info import ModelCard
-from .generate import bare_components, denoiser_of
+from .diffusers_pipeline import bare_components, denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -21,7 +21,8 @@ from PIL import Image
 from ..core.families import UNKNOWN, Family
 from ..core.model_info import ModelCard, ModelError, Unsuited
 from ..core.schedulers import SAMPLERS
-from .generate import OnStep, PipelineEngine, Shape, Shot, denoiser_of, generators, scheduler_for
+from .diffusers_pipeline import PipelineEngine, denoiser_of, generators, scheduler_for
+from .types import OnStep, Shape, Shot
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.families import UNKNOWN
-from .generate import denoiser_of
+from .diffusers_pipeline import denoiser_of
 
 if TYPE_CHECKING:
     from sdworker.engine.pipeline import FamilyEngine

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_map_only
 from ..core.checkpoint_files import write_file
 from ..core.model_info import ModelCard, ModelError, read_json
 from .compiler_options import architecture, host_options, quoted_libraries
-from .generate import PipelineEngine, generate
+from .diffusers_pipeline import PipelineEngine
+from .generate import generate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -39,9 +39,11 @@ from ..core.settings import PROFILES
 from ..core.timing import between, compare, machine, mark, psnr, timed, write_result
 from ..embedded.shapes import adherence, pairs
 from ..engine.build_pipeline import SWITCHES, Switch, defaults, pipeline_for
-from ..engine.generate import BATCH_SIZES, Drawn, Engine, OutOfMemory, as_bytes, denoiser_of, generate
+from ..engine.diffusers_pipeline import as_bytes, denoiser_of
+from ..engine.generate import BATCH_SIZES, OutOfMemory, generate
 from ..engine.memory_planner import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from ..engine.torch_compile import fill_cache
+from ..engine.types import Drawn, Engine
 from .proof import sdxl_sized
 from .quality import draw_pairs, held, switched
 from ..serve.image_io import encode

@@ -38,7 +38,7 @@ from sdworker.lab.coldstart import (
 from .proof import sdxl_sized
 
 if TYPE_CHECKING:  # a process that has torch mapped cannot drop it from the system's cache, so it is imported late
-    from sdworker.engine.generate import Engine, Shape
+    from sdworker.engine.types import Engine, Shape
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #1521a3aa
 def naive_with_ledger() -> str:  # Python
@@ -115,7 +115,7 @@ def per_image(
     repeat: int = 5,  # turns
 ) -> dict[str, Any]:  # by batch what `compare` says, seconds of a whole batch
     "Time the denoising loops of two engines in turn."
-    from sdworker.engine.generate import Shot
+    from sdworker.engine.types import Shot
 
     found = {}
     for batch in batches:
@@ -163,7 +163,8 @@ RESIDENT = """
 import sys
 from pathlib import Path
 from sdworker.core.model_info import read_card
-from sdworker.engine.generate import PipelineEngine, generate
+from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.engine.generate import generate
 
 card = read_card(Path(sys.argv[1]))
 side, first = int(sys.argv[3]), None
@@ -268,7 +269,8 @@ def against_pipeline(
     import torch
 
     from sdworker.aot.engine import CapsuleEngine
-    from sdworker.engine.generate import PipelineEngine, Shape, Shot
+    from sdworker.engine.diffusers_pipeline import PipelineEngine
+    from sdworker.engine.types import Shape, Shot
 
     card, shape, shots = read_card(model), Shape(side, side, steps, 3.0), [Shot("a star", 1)]
     ours, compiled = CapsuleEngine(card, capsule, device), {}
@@ -314,7 +316,8 @@ def _embedded(scratch: Path, repeat: int, tell: Callable[[int, int, str], None])
     report["starts"] = starts("embedded", folder.parent, repeat, 64,
                               tell=lambda: tell(next(done), 3 * repeat, "starting workers"))
     from sdworker.aot.engine import CapsuleEngine
-    from sdworker.engine.generate import PipelineEngine, Shape
+    from sdworker.engine.diffusers_pipeline import PipelineEngine
+    from sdworker.engine.types import Shape
 
     card, drawn = read_card(EMBEDDED, "embedded"), 0
     capsule, pipeline = CapsuleEngine(card, folder), PipelineEngine(card)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-    from sdworker.engine.generate import Engine
     from sdworker.engine.pipeline import FamilyEngine
+    from sdworker.engine.types import Engine
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00008
 def channels_last(engine: "FamilyEngine") -> None:
@@ -229,7 +229,8 @@ def measure_way(
     aot: Path | None = None,  # see `engine_of`
 ) -> dict[str, Any]:  # seconds: "load", "first", "image" (summary), "step", "decode", "encode"; "dB"; "peak" (bytes)
     "Measure one way in this process."
-    from sdworker.engine.generate import Shape, Shot, generate
+    from sdworker.engine.generate import generate
+    from sdworker.engine.types import Shape, Shot
 
     model, request = sdxl_folder(setup), image_request(setup.dry)
     turns, begun = 1 if setup.dry else 5, time.perf_counter()
@@ -291,7 +292,7 @@ def image_operations(
     "Count the operations of an image."
     import torch
 
-    from sdworker.engine.generate import bare_components
+    from sdworker.engine.diffusers_pipeline import bare_components
     from sdworker.lab.bench import operations
 
     parts, blank = bare_components(read_card(model)), partial(torch.empty, device="meta")

@@ -22,7 +22,8 @@ from ..core.settings import settings
 from ..core.timing import psnr, timed, write_result
 from ..embedded.shapes import adherence, contact_sheet, held_out, pairs, parse
 from ..engine.build_pipeline import Switch, defaults, pipeline_for
-from ..engine.generate import Engine, generate
+from ..engine.generate import generate
+from ..engine.types import Engine
 from ..serve.image_io import save
 from ..start.load import initialize_model, place
 

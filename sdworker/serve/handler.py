@@ -38,7 +38,7 @@ from ..start.prefetch import prefetch
 from ..start.timeline import LEDGER
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
-    from sdworker.engine.generate import Drawn, Engine
+    from sdworker.engine.types import Drawn, Engine
 
 log = logging.getLogger("sdworker")
 

@@ -35,7 +35,7 @@ from .prefetch import end_prefetch
 from .timeline import LEDGER
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
-    from sdworker.engine.generate import Engine
+    from sdworker.engine.types import Engine
 
 log = logging.getLogger("sdworker")
 
@@ -174,7 +174,7 @@ def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tup
     if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):
         return None, ""
     from sdworker.aot.engine import CapsuleEngine, CapsuleFirst, beyond, find_capsule
-    from sdworker.engine.generate import Shape
+    from sdworker.engine.types import Shape
 
     folder, reason = find_capsule(card, device, dtype, places, chosen.quantize)
     LEDGER.lap("check capsule")
