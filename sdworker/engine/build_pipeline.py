@@ -69,7 +69,7 @@ def pipeline_for(
     from sdworker.engine.attention import use_attention
     from sdworker.engine.few_step import use_preset
     from sdworker.engine.lora_refiner import use_addons
-    from sdworker.engine.memory_planner import use_memory
+    from sdworker.engine.offload import use_memory
     from sdworker.engine.pipeline import FamilyEngine
     from sdworker.engine.quantize import quantization
     from sdworker.engine.step_cache import use_step_cache
