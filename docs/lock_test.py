@@ -30,7 +30,7 @@ TESTS = ("families", "addons", "lean", "noise")
 PROMPT = "a large red star on a blue background"
 IMPORT = """
 import sys, time
-from sdworker.start.lean import lean, whole_torch
+from sdworker.start.fast_imports import lean, whole_torch
 whole_torch()
 start = time.perf_counter()
 with lean(keep=sys.argv[1:]):

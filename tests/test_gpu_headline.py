@@ -112,7 +112,7 @@ RECORDS = {  # made up: no machine has measured them
         "switch attention: sliced": {"failed": "an error", "tries": 2}}}}
 PLACES = [("8_lab/11_gpu_headline", "headline-gpu"), ("8_lab/14_claims", "headline-gpu"),
           ("8_lab/06_bench_aot", "capsule-cuda"),
-          ("8_lab/04_proof", "coldstart-gpu"), ("0_core/03_families", "gpu-families"),
+          ("8_lab/04_coldstart", "coldstart-gpu"), ("0_core/03_families", "gpu-families"),
           ("8_lab/10_gpu_checks", "gpu-check"),
           ("8_lab/05_bench", "bench-gpu")]
 

@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 import typer
 
 from .reports import app as reports
+from .reports import bar, plain_errors
 from ..serve.request import Request, advice, parse_request
 from ..core.settings import SettingsError, settings
-from .terminal import bar, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown", help=(

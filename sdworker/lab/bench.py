@@ -44,7 +44,7 @@ from ..engine.generate import BATCH_SIZES, OutOfMemory, generate
 from ..engine.memory_planner import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from ..engine.torch_compile import fill_cache
 from ..engine.types import Drawn, Engine
-from .proof import sdxl_sized
+from .coldstart import sdxl_sized
 from .quality import draw_pairs, held, switched
 from ..serve.image_io import encode
 from ..serve.request import advice, parse_request

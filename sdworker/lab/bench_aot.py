@@ -31,11 +31,11 @@ from sdworker.lab.coldstart import (
     in_turn,
     libraries,
     median_run,
+    sdxl_sized,
     torch_alone,
     usual_worker,
     whole_job,
 )
-from .proof import sdxl_sized
 
 if TYPE_CHECKING:  # a process that has torch mapped cannot drop it from the system's cache, so it is imported late
     from sdworker.engine.types import Engine, Shape

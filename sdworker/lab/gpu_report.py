@@ -287,7 +287,7 @@ def sdxl_folder(
     folder, making = setup.scratch / "sdxl", setup.scratch / "sdxl.making"
     if not folder.exists():
         shutil.rmtree(making, ignore_errors=True)
-        run_script("import sys; from pathlib import Path; from sdworker.lab.proof import sdxl_sized; "
+        run_script("import sys; from pathlib import Path; from sdworker.lab.coldstart import sdxl_sized; "
                    "sdxl_sized(Path(sys.argv[1])); print('{}')", 150, str(making))
         making.rename(folder)
     return folder

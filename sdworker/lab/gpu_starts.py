@@ -22,10 +22,20 @@ from ..core.checkpoint_files import weight_files
 from ..core.model_info import ModelError, read_card
 from ..core.timing import summary, write_result
 from .bench_aot import naive_with_ledger
-from .coldstart import OURS, evict, libraries, median_run, start_once, torch_alone, usual_worker, whole_job
+from sdworker.lab.coldstart import (
+    NO_PREFETCH,
+    OURS,
+    evict,
+    libraries,
+    median_run,
+    read_floor,
+    start_once,
+    torch_alone,
+    usual_worker,
+    whole_job,
+)
 from .gpu_headline import image_request, machine_of
 from .gpu_report import Report, Setup, run_process, run_script, sdxl_folder
-from .proof import NO_PREFETCH, read_floor
 
 # %% ../../nbs/8_lab/12_gpu_starts.ipynb #97d00007
 PIECE = 15 * 2**20  # bytes

@@ -29,8 +29,7 @@ from ..core.model_info import ModelCard, ModelError, Unsuited, read_card
 from ..core.settings import Settings, settings
 from ..engine.build_pipeline import beside, for_pipeline_alone, pipeline_for, pipeline_switches
 from ..engine.few_step import with_preset
-from .fast_imports import quick_or_plain, standing_in, without_collector
-from .lean import import_torch, lean, whole_torch
+from .fast_imports import import_torch, lean, quick_or_plain, standing_in, whole_torch, without_collector
 from .prefetch import end_prefetch
 from .timeline import LEDGER
 
