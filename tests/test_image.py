@@ -301,6 +301,11 @@ def test_nothing_is_in_the_image_that_only_builds_or_tests(container):
     assert not [path for path in [*commands, *packages.iterdir()] if tools.fullmatch(path.name)]
     assert not list(container[1].rglob("*.ipynb"))
     assert not [path for path in (container[1] / "opt").rglob("tests") if path.is_dir()]
+    ours = container[1] / "opt/sdworker/sdworker"
+    assert {"serve", "embedded"} <= {path.name for path in ours.iterdir()} and not (ours / "lab").exists()
+    assert not list((ours / "embedded").rglob("training*"))
+    done = inside(container, "sdworker", "bench", check=False)
+    assert done.returncode == 1 and "run it from an install of the package" in done.stderr, done.stderr
 
 
 @pytest.mark.image

@@ -132,3 +132,12 @@ def test_generate_writes_pictures_and_json(tmp_path):
     report = json.loads(done.stdout)
     assert done.returncode == 0 and [image["seed"] for image in report["images"]] == [7, 8]
     assert len(list((tmp_path / "a folder").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("command", ["bench", "coldstart"])
+def test_where_there_is_no_lab_a_command_says_so(command):
+    """As in the image, whose test looks for the same words."""
+    code = "import sys; sys.modules['sdworker.lab'] = None; from sdworker.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("sdworker: the image does not have"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -29,11 +29,17 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 def plain_errors(
     *more: type[Exception],  # beside those that every command may meet
 ) -> Iterator[None]:
-    "Turn the errors that are the user's into one line."
+    "Turn the errors that are the user's into one line on stderr and exit code 1."
     try:
         yield
     except (SettingsError, ModelError, RequestError, Unsuited, OSError, *more) as error:
         typer.echo(f"sdworker: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if error.name != "sdworker.lab":
+            raise
+        typer.echo("sdworker: the image does not have what this command measures with; run it from an install of the "
+                   "package or a checkout.", err=True)
         raise typer.Exit(1) from None
 
 # %% ../../nbs/9_cli/01_reports.ipynb #02b01ca4
@@ -130,14 +136,13 @@ def bench(
 
         sdworker bench --suite gpu --device cpu --tiny --to /tmp/small
     """
+    with plain_errors():
+        from sdworker.lab import bench as lab
     if not find_spec("torchmetrics") and suite == "cpu":
         raise typer.BadParameter("the cpu suite needs torchmetrics; `pip install 'sdworker[notebooks]'`.",
                                  param_hint="--suite")
-    with plain_errors():
-        from sdworker.lab import bench as lab
-
-        with bar(not as_json and sys.stderr.isatty(), "measuring") as on_step:
-            record, path = lab.bench(suite, to, device, tiny, minutes, on_step, only)
+    with plain_errors(), bar(not as_json and sys.stderr.isatty(), "measuring") as on_step:
+        record, path = lab.bench(suite, to, device, tiny, minutes, on_step, only)
     if record is None:
         _go_on(lab.missing(path), path)
     if as_json:
