@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdworker.aot.engine import capsule_key
+from sdworker.aot.selection import unsupported_by_aot
 from sdworker.build.bake import read_manifest, verify
 from sdworker.core.model_info import EMBEDDED, ModelError, read_card
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature, with_refiner
-from sdworker.engine.build_pipeline import SWITCHES, defaults, for_pipeline_alone, pipeline_for
+from sdworker.engine.build_pipeline import SWITCHES, defaults, pipeline_for
 from sdworker.engine.generate import generate
 from sdworker.engine.lora_refiner import add_lora
 from sdworker.engine.pipeline import FamilyEngine
@@ -171,7 +172,7 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
     drawn, adapter = (pixels(answers["plain"])[0] for answers in (drawn, adapter))
     assert psnr(drawn, adapter) > 50 > psnr(drawn, usual)
     cards = [read_card(folder) for folder in (beside, fused)]
-    assert [for_pipeline_alone(defaults(), card) for card in cards] == [True, False], "compiled code may draw"
+    assert [unsupported_by_aot(defaults(), card) != "" for card in cards] == [True, False], "compiled code may draw"
     assert capsule_key(cards[1])["model"] == capsule_key(read_card(EMBEDDED))["model"], "any that fits the plain model"
 
 

@@ -100,9 +100,11 @@ torch.cuda.is_available = lambda: {cuda}
 asked = []
 import sdworker.aot.engine
 sdworker.aot.engine.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
-doctor.capsules_in = lambda places: True
+import sdworker.aot.selection
+sdworker.aot.selection.capsules_in = lambda places: True
 from sdworker.serve.start_checks import run_check
-looks = {{name: vars(run_check(getattr(doctor, name), settings())) for name in ("memory", "attention", "capsule")}}
+looks = {{name: vars(run_check(getattr(doctor, name), settings())) for name in ("memory", "attention")}}
+run_check(doctor.capsule, settings().model_copy(update={{"attention": "sdpa"}}))  # with another none is looked for
 print(json.dumps([looks, asked]))
 """
 

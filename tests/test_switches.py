@@ -11,10 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from sdworker.aot.selection import unsupported_by_aot
 from sdworker.core.model_info import EMBEDDED, ModelError, read_card
 from sdworker.core.timing import machine
 from sdworker.embedded.shapes import pairs
-from sdworker.engine.build_pipeline import LOSSLESS, SWITCHES, Switch, defaults, for_pipeline_alone
+from sdworker.engine.build_pipeline import LOSSLESS, SWITCHES, Switch, defaults
 from sdworker.engine.generate import generate
 from sdworker.engine.torch_compile import fill_cache, is_compiled
 from sdworker.lab.bench import supervise
@@ -87,7 +88,7 @@ def test_a_switch_does_something(name):
     if switch.settings:
         assert state(engine) != state(plain())
         chosen = defaults(**switch.settings)
-        assert for_pipeline_alone(chosen, CARD) or chosen.engine == "capsule" or chosen.dtype != "auto" or (
+        assert unsupported_by_aot(chosen, CARD) or chosen.engine == "capsule" or chosen.dtype != "auto" or (
             chosen.quantize != "off")
     else:
         pictures = [generate(plain(), ASKED[0][0], seed=1, **more).pictures[0].image for more in ({}, switch.request)]

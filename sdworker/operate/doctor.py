@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..build.cache_dirs import capsule_places, capsules_in, usable_caches
+from ..aot.selection import select_engine, unsupported_by_aot
+from ..build.cache_dirs import usable_caches
 from ..build.locate import find
 from ..core.families import UNKNOWN
+from ..core.model_info import ModelError
 from ..core.settings import Settings
 from ..serve.start_checks import Check, Finding, disk, ok, payload, queue, set_and_unset, sizes
 from ..start.fast_imports import uncompiled
@@ -201,20 +203,21 @@ def start(chosen: Settings) -> Finding:
     return ok("start", "the model loads beside the SDK's own start.")
 
 def capsule(chosen: Settings) -> Finding:
-    "Whether compiled code fits."
-    from sdworker.aot.engine import find_capsule
+    "Whether compiled code draws."
     from sdworker.start.load import place
 
     if chosen.engine == "pipeline":
         return ok("capsule", "not wanted: SDWORKER_ENGINE is 'pipeline'.")
-    card, places = model_card(), capsule_places(chosen)
-    if not card.family.compiles:
-        return ok("capsule", "there are none for this family of models.")
-    here = (*place(chosen, card.family.half), places, chosen.quantize)
-    found, reason = find_capsule(card, *here) if capsules_in(places) else (None, "")
-    if found:
-        return ok("capsule", f"{found} fits.")
-    return Finding("capsule", "fail" if chosen.engine == "capsule" else "warn", f"{reason or 'there is none'}.",
+    card = model_card()
+    try:
+        selection = select_engine(chosen, card, *place(chosen, card.family.half))
+    except ModelError as error:
+        return Finding("capsule", "fail", str(error), "SDWORKER_ENGINE=auto draws with the pipeline meanwhile.")
+    if selection.folder:
+        return ok("capsule", f"{selection.folder} fits.")
+    if reason := unsupported_by_aot(chosen, card):
+        return ok("capsule", f"the pipeline draws: {reason}.")
+    return Finding("capsule", "warn", f"{selection.reason or 'there is none'}.",
                    "`sdworker bake --capsule`: workers then start without diffusers.")
 
 # %% ../../nbs/6_operate/05_doctor.ipynb #115b3c60

@@ -16,7 +16,7 @@ from ..core.families import UNKNOWN
 from ..core.model_info import ModelCard
 from ..core.schedulers import STAND_INS, sampler_named
 from ..core.settings import Settings, complaint
-from ..engine.build_pipeline import beside
+from ..engine.build_pipeline import addons_present
 
 # %% ../../nbs/5_serve/02_request.ipynb #7d812c8f
 def _texts(value: Any) -> list[str]:
@@ -129,7 +129,7 @@ def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
     if request.scheduler and not family.samplers:
         yield f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other; leave it out."
     ends = request.guidance_end is not None and request.guidance_end < 1
-    refines = "refiner" in beside(card) and not begins and not (ends and request.guidance_end)
+    refines = "refiner" in addons_present(card) and not begins and not (ends and request.guidance_end)
     if request.refine_from and request.refine_from < 1 and not refines:
         yield (f"refine_from is {request.refine_from:g}: it is for a model with a refiner (see SDWORKER_EXTRAS), for "
                "pictures from noise, and without guidance_end; leave it out.")

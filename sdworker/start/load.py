@@ -17,17 +17,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from ..aot.selection import open_selected, select_engine
 from ..build.bake import quick_check
-from ..build.cache_dirs import capsule_places, capsules_in
+from ..build.cache_dirs import capsule_places
 from ..build.locate import find, resolve
 from ..core.checkpoint_files import components
 from ..core.model_info import ModelCard, ModelError, Unsuited, read_card
 from ..core.settings import Settings, settings
-from ..engine.build_pipeline import beside, for_pipeline_alone, pipeline_for, pipeline_switches
+from ..engine.build_pipeline import addons_present, pipeline_for
 from ..engine.few_step import with_preset
 from .fast_imports import import_torch, lean, quick_or_plain, standing_in, whole_torch, without_collector
 from .prefetch import end_prefetch
@@ -118,7 +119,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
     whole_torch()
     from sdworker.core.failures import load_guard
 
-    chosen, loras = settings(), "loras" in beside(card)
+    chosen, loras = settings(), "loras" in addons_present(card)
 
     def load() -> "Engine":
         with standing_in({} if loras else {"peft": None}):  # which diffusers imports wherever it is installed
@@ -149,7 +150,7 @@ def _load(chosen: Settings) -> "Engine":
     from sdworker.core.failures import load_guard
 
     with load_guard(card, device, dtype):
-        engine, reason = _capsule(chosen, card, device, dtype)
+        engine, reason = _aot_engine(chosen, card, device, dtype)
     if not engine:
         engine = _pipeline(card, device, dtype)
         engine.instead = f"{reason} {engine.instead}".strip()
@@ -157,43 +158,18 @@ def _load(chosen: Settings) -> "Engine":
     return engine
 
 # %% ../../nbs/4_start/04_load.ipynb #f771d004
-def _capsule(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
-    "The engine that a capsule makes, or why there is none; both empty where nobody wants one or has made one."
-    if chosen.engine == "capsule" and not card.family.compiles:
-        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and there are none for the denoiser of a {card.pipeline}; for "
-                         f"{card.name} use 'auto'.", lasting=True)
-    if chosen.engine == "capsule" and (asked := pipeline_switches(chosen)):
-        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and {asked[0]} is for the pipeline alone: use 'auto', or "
-                         f"leave {asked[0]} as it is by default.", lasting=True)
-    if chosen.engine == "capsule" and (more := beside(card)):
-        raise ModelError(f"SDWORKER_ENGINE is 'capsule', which does not draw with the {' and the '.join(more)} baked "
-                         f"beside {card.name}: use 'auto'.", lasting=True)
-    places = capsule_places(chosen)
-    useful = capsules_in(places) and not for_pipeline_alone(chosen, card)
-    if chosen.engine == "pipeline" or (chosen.engine == "auto" and not useful):
-        return None, ""
-    from sdworker.aot.engine import CapsuleEngine, CapsuleFirst, beyond, find_capsule
-    from sdworker.engine.types import Shape
-
-    folder, reason = find_capsule(card, device, dtype, places, chosen.quantize)
-    LEDGER.lap("check capsule")
-    if folder:
-        try:
-            engine = CapsuleEngine(card, folder, device)
-            if chosen.engine == "capsule":
-                return engine, ""
-            if not (reason := beyond(engine, Shape(card.side, card.side, card.steps, card.guidance), 1)):
-                return CapsuleFirst(engine, partial(_pipeline, card, device, dtype, weights=engine.weights)), ""
-            reason = f"by default {reason}"  # most requests would pay for both
-        except ModelError as error:
-            log.error("%s", error)
-            reason = f"the capsule {folder.name} cannot be opened"
-    if chosen.engine == "capsule":
-        raise ModelError(f"SDWORKER_ENGINE is 'capsule', and {reason or f'there is none in {places[0]}'}; "
-                         "make one with `sdworker bake --capsule`, or use 'auto'.", lasting=True)
+def _aot_engine(chosen: Settings, card: ModelCard, device: str, dtype: str) -> "tuple[Engine | None, str]":
+    "The engine on a capsule, or None and why; the reason is empty where no capsule is wanted or there."
+    selection = select_engine(chosen, card, device, dtype)
+    if selection.folder or selection.reason:
+        LEDGER.lap("check capsule")
+    engine, reason = None, selection.reason
+    if selection.folder:
+        engine, reason = open_selected(selection, chosen, card, device,
+                                       lambda weights: _pipeline(card, device, dtype, weights=weights))
     if reason:
         log.warning("drawing with the pipeline: %s", reason)
-    return None, reason and f"Drawn by the pipeline: {reason}."
+    return engine, reason and f"Drawn by the pipeline: {reason}."
 
 # %% ../../nbs/4_start/04_load.ipynb #241b9a49
 def make_capsule_behind(
