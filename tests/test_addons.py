@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sdworker.aot.engine import capsule_key
 from sdworker.aot.selection import unsupported_by_aot
-from sdworker.build.bake import read_manifest, verify
+from sdworker.build.manifest import read_manifest, verify
 from sdworker.core.model_info import EMBEDDED, ModelError, read_card
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature, with_refiner

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.build.bake import bake, set_writable
+from sdworker.build.bake import bake
+from sdworker.build.manifest import set_writable
 from sdworker.core.families import FAMILIES
 from sdworker.core.model_info import EMBEDDED, read_card
 from sdworker.embedded.tiny_models import MINIATURES, miniature, with_refiner

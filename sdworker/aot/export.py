@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from .engine import ABOUT, OWN, CapsuleEngine, capsule_key, digest_of, open_part, refusal
 from .modules import bounds_of, inputs_of, parts_of, tokenizers_of, told_of
 from .sampler_tables import TABLED, make_tables
-from ..build.bake import sha256_of
+from ..build.hub_download import sha256_of
 from ..core.checkpoint_files import weight_files
 from ..core.model_info import ModelCard, ModelError
 from ..core.timing import psnr

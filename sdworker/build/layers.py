@@ -12,7 +12,8 @@ import math
 import re
 from pathlib import Path
 
-from .bake import MANIFEST, read_manifest, set_writable, sha256_of, write_manifest
+from .hub_download import sha256_of
+from .manifest import MANIFEST, read_manifest, set_writable, write_manifest
 from ..core.checkpoint_files import header_of
 from ..core.model_info import ModelError
 

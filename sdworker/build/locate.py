@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .bake import MANIFEST, bake, hub_refusal, in_tenths, quick_check, read_manifest
+from .bake import bake, log_every_tenth
+from .hub_download import hub_error_message
+from .manifest import MANIFEST, check_files_fast, read_manifest
 from ..core.model_info import EMBEDDED, ModelError
 from ..core.settings import Settings
 
@@ -44,7 +46,7 @@ def _look_at_baked(
             return Look(place, folder, f"it holds commit {manifest['revision']}")
         if chosen.extras not in ("", manifest["extras"]):
             return Look(place, folder, f"it was baked with the extras {manifest['extras']!r}")
-        quick_check(folder)
+        check_files_fast(folder)
     except (ModelError, OSError) as error:
         return Look(place, folder, str(error).rstrip("."), broken=True)
     return Look(place, folder)
@@ -64,7 +66,7 @@ def _look_in_cache(
             return Look(place, folder, f"it has no {chosen.model}{at}")
         if chosen.extras:
             return Look(place, folder, "it has no extras")
-        quick_check(folder)
+        check_files_fast(folder)
     except (ModelError, OSError) as error:
         return Look(place, folder, str(error).rstrip("."), broken=True)
     return Look(place, folder)
@@ -107,7 +109,7 @@ def find(
     "Find the model that the settings ask for on this machine, whole; or raise `ModelError` with what is wrong."
     folder = EMBEDDED if chosen.model == "embedded" else Path(chosen.model)
     if folder.is_dir():
-        quick_check(folder)
+        check_files_fast(folder)
         return Look("the folder that is set", folder)
     if chosen.model.count("/") != 1 or chosen.model.startswith((".", "/", "~")):
         raise ModelError(f"SDWORKER_MODEL is {chosen.model!r}, and there is no such folder; "
@@ -149,7 +151,7 @@ def resolve(
         return _configuration(chosen)
     to = _room(chosen) / _folder_name(chosen)
     _say(f"{chosen.model} is fetched into {to}")
-    bake(chosen.model, to, chosen.revision, extras=chosen.extras, on_progress=in_tenths(log.info, "fetched"))
+    bake(chosen.model, to, chosen.revision, extras=chosen.extras, on_progress=log_every_tenth(log.info, "fetched"))
     return to
 
 def _room(chosen: Settings) -> Path:
@@ -173,4 +175,4 @@ def _configuration(chosen: Settings) -> Path:
     try:
         return Path(snapshot_download(chosen.model, revision=chosen.revision, allow_patterns=_CARD_FILES))
     except Exception as error:
-        raise hub_refusal(error, chosen.model) from error
+        raise hub_error_message(error, chosen.model) from error

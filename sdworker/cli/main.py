@@ -137,13 +137,13 @@ def _have_drawn(endpoint: str, asked: dict, out: Path, shown: bool) -> dict:
 @contextmanager
 def _of_bytes(shown: bool, doing: str):
     "A progress bar, or lines where there is no terminal; yields what to call with bytes done and bytes in all."
-    from sdworker.build.bake import in_tenths
+    from sdworker.build.bake import log_every_tenth
 
     if sys.stderr.isatty():
         with bar(shown, doing, of_bytes=True) as on_bytes:
             yield on_bytes
     else:
-        yield in_tenths(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
+        yield log_every_tenth(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
 
 # %% ../../nbs/9_cli/02_main.ipynb #ebabd03b
 @app.command()
@@ -295,9 +295,9 @@ def verify(
 # %% ../../nbs/9_cli/02_main.ipynb #fbdee093
 def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
     "What `verify` says of a folder, or of the model of the settings."
-    from sdworker.build.bake import MANIFEST, verify
     from sdworker.build.cache_dirs import usable_caches
     from sdworker.build.locate import find
+    from sdworker.build.manifest import MANIFEST, verify
 
     if folder:
         return verify(folder, quick, on_progress)

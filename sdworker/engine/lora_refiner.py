@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from ..build.bake import read_manifest, set_writable, sha256_of, write_manifest
+from ..build.hub_download import sha256_of
+from ..build.manifest import read_manifest, set_writable, write_manifest
 from ..core.checkpoint_files import header_of, weight_files
 from ..core.failures import device_loss, load_error, memory_is_out
 from ..core.model_info import ModelError, Unsuited, read_card

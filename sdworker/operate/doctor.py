@@ -40,7 +40,7 @@ def caches(chosen: Settings) -> Finding:
 # %% ../../nbs/6_operate/05_doctor.ipynb #aee532d3
 def weights(chosen: Settings) -> Finding:
     "The model's files."
-    from sdworker.build.bake import MANIFEST, verify
+    from sdworker.build.manifest import MANIFEST, verify
 
     here = find(chosen)
     if here is None:

@@ -22,9 +22,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ..aot.selection import open_selected, select_engine
-from ..build.bake import quick_check
 from ..build.cache_dirs import capsule_places
 from ..build.locate import find, resolve
+from ..build.manifest import check_files_fast
 from ..core.checkpoint_files import components
 from ..core.model_info import ModelCard, ModelError, Unsuited, read_card
 from ..core.settings import Settings, settings
@@ -128,7 +128,7 @@ def _pipeline(card: ModelCard, device: str, dtype: str, **more) -> "Engine":
             with load_guard(card, device, dtype, chosen.quantize != "off"):
                 return pipeline_for(chosen, card, device, dtype, **more)
         except ModelError:
-            quick_check(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
+            check_files_fast(card.folder)  # if files have gone meanwhile, that is the reason, and it may pass
             raise
 
     def load_lean() -> "Engine":
