@@ -22,12 +22,13 @@ from sdworker.build.manifest import read_manifest, verify
 from sdworker.core.model_info import EMBEDDED, ModelError, read_card
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature, with_refiner
-from sdworker.engine.build_pipeline import SWITCHES, defaults, pipeline_for
+from sdworker.engine.build_pipeline import defaults, pipeline_for
 from sdworker.engine.generate import generate
 from sdworker.engine.lora_refiner import add_lora
 from sdworker.engine.pipeline import FamilyEngine
 from sdworker.engine.step_cache import use_step_cache
 from sdworker.lab.hub_server import Hub
+from sdworker.lab.quality import SWITCHES
 
 PLAIN = {"plain": {"prompt": "a large red star on a blue background"}}
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

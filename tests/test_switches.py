@@ -15,11 +15,11 @@ from sdworker.aot.selection import unsupported_by_aot
 from sdworker.core.model_info import EMBEDDED, ModelError, read_card
 from sdworker.core.timing import machine
 from sdworker.embedded.shapes import pairs
-from sdworker.engine.build_pipeline import LOSSLESS, SWITCHES, Switch, defaults
+from sdworker.engine.build_pipeline import defaults
 from sdworker.engine.generate import generate
 from sdworker.engine.torch_compile import fill_cache, is_compiled
 from sdworker.lab.bench import supervise
-from sdworker.lab.quality import draw_pairs, held, switched
+from sdworker.lab.quality import LOSSLESS, SWITCHES, Switch, draw_pairs, held, switched
 
 CAPSULES = Path(__file__).parent.parent / "out" / "capsules"
 CARD = read_card(EMBEDDED, "embedded")

@@ -38,14 +38,14 @@ from ..core.model_info import EMBEDDED, ModelCard, ModelError, causes, read_card
 from ..core.settings import PROFILES
 from ..core.timing import between, compare, machine, mark, psnr, timed, write_result
 from ..embedded.shapes import adherence, pairs
-from ..engine.build_pipeline import SWITCHES, Switch, defaults, pipeline_for
+from ..engine.build_pipeline import defaults, pipeline_for
 from ..engine.diffusers_pipeline import as_bytes, denoiser_of
 from ..engine.generate import BATCH_SIZES, OutOfMemory, generate
 from ..engine.memory_planner import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from ..engine.torch_compile import fill_cache
 from ..engine.types import Drawn, Engine
 from .coldstart import sdxl_sized
-from .quality import draw_pairs, held, switched
+from .quality import SWITCHES, Switch, draw_pairs, held, switched
 from ..serve.image_io import encode
 from ..serve.request import advice, parse_request
 
@@ -55,7 +55,7 @@ import json, sys
 from pathlib import Path
 from sdworker.core.model_info import EMBEDDED, read_card
 from sdworker.engine.generate import generate
-from sdworker.engine.build_pipeline import Switch
+from sdworker.lab.quality import Switch
 from sdworker.lab.quality import switched
 
 switch = Switch(*json.loads(sys.argv[1]))

@@ -22,11 +22,11 @@ from ..core.checkpoint_files import weight_files
 from ..core.model_info import EMBEDDED, read_card
 from ..core.settings import settings
 from ..core.timing import timed, write_result
-from ..engine.build_pipeline import SWITCHES, defaults, pipeline_for
+from ..engine.build_pipeline import defaults, pipeline_for
 from ..engine.generate import generate
 from ..engine.torch_compile import break_even, fill_cache, prepare
 from .coldstart import OURS, evict, in_turn, libraries, whole_job
-from .quality import switched
+from .quality import SWITCHES, switched
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #20bf1bc6
 COMPILED = ("reduce-overhead", "regional", "cached")  # by torch.compile

@@ -150,8 +150,8 @@ def alone_and_in_a_batch(
     import numpy as np
 
     from sdworker.core.timing import psnr
-    from sdworker.engine.build_pipeline import LOSSLESS
     from sdworker.engine.generate import generate
+    from sdworker.lab.quality import LOSSLESS
 
     results, sizes = {}, (2,) if setup.dry else (2, 4, 8)
     for dtype in formats(setup):
@@ -332,9 +332,8 @@ def switch(
     "One switch: how far its pictures are from the plain pipeline's, and whether that is what it promises."
     from dataclasses import asdict
 
-    from sdworker.engine.build_pipeline import SWITCHES
     from sdworker.lab.bench import built
-    from sdworker.lab.quality import draw_pairs, held
+    from sdworker.lab.quality import SWITCHES, draw_pairs, held
 
     card, one, pairs = read_card(EMBEDDED, "embedded"), SWITCHES[name], _pairs(setup, 20)
     try:
@@ -414,7 +413,7 @@ def checks(
     only: Sequence[str] = (),  # beginnings of the names of checks; default: all
 ) -> Report:
     "Run the checks for which there is time."
-    from sdworker.engine.build_pipeline import SWITCHES
+    from sdworker.lab.quality import SWITCHES
 
     report = Report(setup, "gpu-check", only)
 
