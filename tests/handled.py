@@ -26,10 +26,10 @@ def pixels(answer: dict) -> list[np.ndarray]:
     return [np.asarray(from_data_uri(image), int) for image in answer["images"]]
 
 
-def handled(model: Path | str, jobs: dict[str, dict], **environment: str) -> tuple[dict, str]:
-    "Answers of a worker's handler in a process of its own, by the jobs' names, and its log."
+def handled(model: Path | str, jobs: dict[str, dict], before: str = "", **environment: str) -> tuple[dict, str]:
+    "Answers of a worker's handler in a process of its own, by the jobs' names, and its log; before: code to run first."
     asked = {name: {"prompt": "a red star", "seed": 7} | given for name, given in jobs.items()}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], input=json.dumps(asked), text=True,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", before + WORKER], input=json.dumps(asked), text=True,
                           capture_output=True, env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout), done.stderr

@@ -1,14 +1,18 @@
 """Each family of models, in miniature, through the handler: shapes, seeds, batches, pictures, switches, refusals."""
 
+import ast
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from handled import handled, pixels
 from PIL import Image
 
-from sdworker.core.families import FAMILIES
+import sdworker
+from sdworker.core.families import FAMILIES, Family
 from sdworker.core.model_info import EMBEDDED, read_card
 from sdworker.embedded.tiny_models import MINIATURES, miniature
 from sdworker.serve.image_io import data_uri
@@ -44,7 +48,7 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     assert ("which this worker does not know" in warned[0]) != known
     refused = {name: answers[name]["error"] for name in ("odd", "strength")}
     assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
-    assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == family.samplers
+    assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == bool(family.samplers)
     attention = "enabled" if read_card(folder).denoiser == "unet" else "not used: this model's layers cannot be sliced"
     assert f"sliced {attention}" in log
 
@@ -167,3 +171,47 @@ def test_a_class_that_is_not_known_and_wants_a_picture_gets_one(pipeline, tmp_pa
     assert pixels(answers["with"])[0].shape == (64, 64, 3)
     assert "which this worker does not know" in answers["with"]["warnings"][0]
     assert pixels(answers["mask"])[0].shape == (64, 64, 3), "by the class that diffusers has for it"
+
+
+MADE_UP = """
+from dataclasses import replace
+import diffusers
+from sdworker.core.families import FAMILIES
+diffusers.MadeUpPipeline = type("MadeUpPipeline", (diffusers.FluxPipeline,), {})
+FAMILIES["MadeUpPipeline"] = replace(FAMILIES["FluxPipeline"], name="Made up")
+"""
+
+
+def test_a_family_is_its_row_and_not_its_name(tmp_path):
+    """FLUX.1-schnell reads 256 tokens; under another name, with the same row, it draws the same pictures."""
+    from diffusers import FluxTransformer2DModel
+
+    folder = miniature("FluxPipeline", tmp_path / "tiny")
+    config = json.loads((folder / "transformer" / "config.json").read_text()) | {"guidance_embeds": False}
+    torch.manual_seed(0)
+    FluxTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    jobs = {"plain": {}, "image": {"image": data_uri(RED), "num_inference_steps": 4},
+            "sampler": {"scheduler": "euler"}}
+    known, _ = handled(folder, jobs)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "MadeUpPipeline"))
+    made_up, _ = handled(folder, jobs, before=MADE_UP)
+    for name in ("plain", "image"):
+        assert np.array_equal(pixels(made_up[name])[0], pixels(known[name])[0])
+    assert made_up["sampler"]["error"] == known["sampler"]["error"]
+
+
+def test_a_new_family_does_not_compile_unless_its_row_has_it():
+    assert not Family("new", "", "", numbers=1.0, steps=30, guidance=5.0).compiles
+
+
+def test_only_the_tables_name_a_family():
+    """Modules of the worker read a family's row; none compares the names of pipelines, or parts of them."""
+    package, tables = Path(sdworker.__file__).parent, ("core/families.py", "aot/modules.py")
+    names = {"XL", "Edit", "Flux", "Qwen", "ZImage", "true_cfg_scale"} | {
+        name for pipeline, family in FAMILIES.items() for name in (pipeline, family.from_image, family.inpaint) if name}
+    used = {(path.name, node.value) for chapter in ("core", "engine", "aot", "start", "serve")
+            for path in (package / chapter).glob("*.py") if str(path.relative_to(package)) not in tables
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names}
+    assert used == set()

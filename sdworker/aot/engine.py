@@ -75,7 +75,7 @@ def ranges(
                     for part in ("vae", "unet"))
         unit = lcm(unit, 2 ** sum(halvings))
     elif places := read_json(denoiser).get("pos_embed_max_size"):  # SD 3.5's; others compute theirs
-        most = min(most, places * card.family.patch * vae_scale(card.folder))
+        most = min(most, places * card.family.patch * vae_scale(card.folder, card.family))
     return {"images": [1, MOST_IMAGES], "side": [4 * unit, most, unit], "steps": [1, MOST_STEPS]}
 
 def capsule_key(
@@ -312,8 +312,8 @@ def denoise_by_table(
     size = (len(shots), about["channels"], shape.height // about["scale"], shape.width // about["scale"])
     table = table_for(*(engine.tables[f"{shape.sampler or OWN} {part}"] for part in ("rows", "ends")), shape.steps)
     if about["shift"]:  # which is for a number of tokens: a, b of a * tokens + b
-        a, b = about["shift"]
-        table = shifted(table, a * (size[2] // 2) * (size[3] // 2) + b)
+        (a, b), patch = about["shift"], engine.card.family.patch
+        table = shifted(table, a * (size[2] // patch) * (size[3] // patch) + b)
     random = [seeded(shot.seed) for shot in shots]
     return run_table(table, denoiser, size, random, getattr(torch, engine.dtype), engine.device, on_step)
 

@@ -24,11 +24,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from .engine import ABOUT, OWN, CapsuleEngine, capsule_key, digest_of, open_part, refusal
-from .modules import bounds_of, inputs_of, parts_of, tokenizers_of, told_of
+from .modules import AOT_SPECS, bounds_of, conditioning_inputs, inputs_of, parts_of, tokenizers_of
 from .sampler_tables import TABLED, make_tables
 from ..build.hub_download import sha256_of
 from ..core.checkpoint_files import weight_files
+from ..core.families import FAMILIES
 from ..core.model_info import ModelCard, ModelError
+from ..core.schedulers import SAMPLER_GROUPS
 from ..core.timing import psnr
 from ..engine.compiler_options import architecture, host_options, quoted_libraries
 from ..engine.diffusers_pipeline import denoiser_of, scheduler_for
@@ -149,8 +151,9 @@ _TEXTS = ["", "a large red star on a blue background", "A Star!  (really: 1.5)",
 # %% ../../nbs/3_aot/04_export.ipynb #94c96fa4
 def _tables(pipe: "DiffusionPipeline", card: ModelCard) -> dict[str, Any]:
     "The tables of all samplers that have one; the model's own among them if it is of that kind."
-    found, asked = {}, partial(_schedule, type(pipe).__name__ == "FluxPipeline", pipe.scheduler.config)
-    for name, sampler in {OWN: "", **{name: name for name in TABLED * card.family.samplers}}.items():
+    found, asked = {}, partial(_schedule, AOT_SPECS[type(pipe).__name__].even_sigmas, pipe.scheduler.config)
+    allowed = SAMPLER_GROUPS[card.family.samplers]
+    for name, sampler in {OWN: "", **{name: name for name in TABLED if name in allowed}}.items():
         try:
             found[f"{name} rows"], found[f"{name} ends"] = make_tables(scheduler_for(pipe.scheduler, sampler),
                                                                        asked=asked)
@@ -227,8 +230,8 @@ def make_capsule(
 ) -> Path:  # the capsule's folder
     "Make a capsule of a model, unless there is one that fits. Raises `ModelError`."
     if not card.family.compiles:
-        raise ModelError(f"capsules are for Stable Diffusion 1.x, 2.x, SDXL, SD 3.5 and FLUX.1, and {card.name} is a "
-                         f"{card.pipeline}; for others see SDWORKER_COMPILE.", lasting=True)
+        raise ModelError(f"capsules are for {', '.join(one.name for one in FAMILIES.values() if one.compiles)}, and "
+                         f"{card.name} is a {card.pipeline}; for others see SDWORKER_COMPILE.", lasting=True)
     key = capsule_key(card, device, dtype, bits)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     name = re.sub(r"[^a-z0-9.]+", "-", card.name.lower()).strip("-")
@@ -275,7 +278,7 @@ def _make(card: ModelCard, key: dict[str, Any], to: Path, tell: Callable[[int, i
         tell(done, 6, f"compiling: {name}")
         constants |= compile_part(part, inputs[name], bounds, to / f"{name}.pt2", device)
     tell(4, 6, "samplers")
-    about = {"key": key, "name": card.name, "parts": inputs, "bounds": bounds, "told": told_of(pipe)}
+    about = {"key": key, "name": card.name, "parts": inputs, "bounds": bounds, "told": conditioning_inputs(pipe)}
     about |= _write_all(card, pipe, constants, to)
     (to / ABOUT).write_text(json.dumps(about))
     tell(5, 6, "drawing with it")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sdworker
-from .families import Family, family_of
+from .families import UNKNOWN, Family, family_of
 
 # %% ../../nbs/0_core/04_model_info.ipynb #f525714d
 class ModelError(RuntimeError):
@@ -84,17 +84,16 @@ def read_entry(
     return value
 
 # %% ../../nbs/0_core/04_model_info.ipynb #a21c8a27
-_HALVINGS = {"block_out_channels": 1, "temperal_downsample": 0, "encoder_block_out_channels": 1}  # levels without one
-
 def vae_scale(
     folder: Path,  # in diffusers' layout
+    family: Family = UNKNOWN,
 ) -> int:  # pixels
     "The side of the square of pixels that becomes one latent."
     if "vae" not in read_json(folder / "model_index.json"):
         return 8  # what nearly all have
-    path = folder / "vae" / "config.json"
-    levels = next((name for name in _HALVINGS if name in read_json(path)), "block_out_channels")
-    return 2 ** (len(read_entry(path, levels, list)) - _HALVINGS[levels])
+    path, levels = folder / "vae" / "config.json", family.vae_levels
+    name = next((name for name in levels if name in read_json(path)), next(iter(levels)))
+    return 2 ** (len(read_entry(path, name, list)) - levels[name])
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4aaeccd5
 def read_card(
@@ -105,7 +104,7 @@ def read_card(
     index = folder / "model_index.json"
     pipeline = read_entry(index, "_class_name", str)
     family, denoiser = family_of(pipeline), "unet" if "unet" in read_json(index) else "transformer"
-    config, note, scale = folder / denoiser / "config.json", folder / "sdworker.json", vae_scale(folder)
+    config, note, scale = folder / denoiser / "config.json", folder / "sdworker.json", vae_scale(folder, family)
     own = read_json(note) if note.exists() else {}
     side = (read_entry(config, "sample_size", int) * scale if "sample_size" in read_json(config) else
             own.get("side", family.side))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.families import family_of
 from ..core.model_info import EMBEDDED, read_json
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def miniature(
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         parts = MINIATURES[pipeline]()
-    edits = {"processor": None} if "Edit" in pipeline else {}
+    edits = {"processor": None} if family_of(pipeline).edits else {}
     made: DiffusionPipeline = getattr(diffusers, pipeline)(**parts, **edits)
     made.save_pretrained(folder)
     if edits:

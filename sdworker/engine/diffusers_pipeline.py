@@ -9,6 +9,7 @@ __all__ = ['randn', 'use_float32_noise', 'load_pipeline', 'bare_components', 'de
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #63a489d9
 import copy
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def load_pipeline(
     quantization: "PipelineQuantizationConfig | None" = None,  # see `quantize`
 ) -> "DiffusionPipeline":  # on the device, its progress bar off
     "Load a diffusers pipeline from safetensors straight onto the device, or raise `ModelError`."
-    from diffusers import DiffusionPipeline
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -68,12 +69,12 @@ def load_pipeline(
     half = any(".fp16" in path.name for path in weight_files(card.folder))
     index = read_json(card.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
-    extra |= {"add_watermarker": False} if "XL" in card.pipeline else {}
+    takes = signature(getattr(diffusers, card.pipeline, dict).__init__).parameters
+    extra |= {name: value for name, value in card.family.load.items() if name in takes}
     extra |= {"quantization_config": quantization} if quantization else {}
-    extra |= {"processor": None} if "processor" in index else {}  # transformers' own wants torchvision
     try:
         built = _on_weights(card, weights) if weights else {}
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
             card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
     except Exception as error:

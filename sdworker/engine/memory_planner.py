@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.checkpoint_files import components, has_weights
+from ..core.families import VAE_LEVELS, flux_text_length
 from ..core.model_info import ModelCard
 from .diffusers_pipeline import bare_components
 from .offload import use_vae
@@ -103,7 +104,7 @@ def _sd3(config: Any, blank: Blank, n: int, call: Call) -> dict[str, Any]:
             "pooled_projections": blank(n, config.pooled_projection_dim)}
 
 def _flux(config: Any, blank: Blank, n: int, call: Call) -> dict[str, Any]:
-    words = call.words if config.guidance_embeds else 256  # FLUX.1-schnell reads less
+    words = flux_text_length(config) or call.words
     return {"hidden_states": blank(n, call.tokens, config.in_channels), "timestep": blank(n),
             "encoder_hidden_states": blank(n, words, config.joint_attention_dim),
             "pooled_projections": blank(n, config.pooled_projection_dim), "img_ids": blank(call.tokens, 3),
@@ -177,8 +178,8 @@ def _vae_call(vae: Any, call: Call, how: str) -> Callable[[], Any]:
 
 def _scale(vae: Any) -> int:
     "Pixels of a latent, across and down."
-    config = vae.config
-    return 2 ** (len(config.temperal_downsample) if "z_dim" in config else len(config.block_out_channels) - 1)
+    name = next(name for name in VAE_LEVELS if name in vae.config)
+    return 2 ** (len(vae.config[name]) - VAE_LEVELS[name])
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #55300e33
 @lru_cache(maxsize=256)  # a plan asks for the same again

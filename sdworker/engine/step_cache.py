@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.families import UNKNOWN
 from .diffusers_pipeline import denoiser_of
 
 if TYPE_CHECKING:
@@ -57,9 +56,10 @@ def use_step_cache(
     if every == 1:
         return ""
     denoiser = denoiser_of(engine.pipe)
-    if engine.card.family.samplers:
+    kind = engine.card.family.step_cache
+    if kind == "deepcache":
         engine.begin = DeepCache(denoiser, every).begin
-    elif hasattr(denoiser, "enable_cache") and engine.card.family is not UNKNOWN:  # one might take two calls for one
+    elif kind == "taylorseer":
         from diffusers import TaylorSeerCacheConfig
 
         denoiser.enable_cache(TaylorSeerCacheConfig(cache_interval=every))

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..core.families import UNKNOWN
+from ..core.families import FAMILIES, UNKNOWN
 from ..core.model_info import ModelCard
-from ..core.schedulers import STAND_INS, sampler_named
+from ..core.schedulers import SAMPLER_GROUPS, STAND_INS, sampler_named
 from ..core.settings import Settings, complaint
 from ..engine.build_pipeline import addons_present
 
@@ -126,16 +126,19 @@ def _unsuited(request: Request, card: ModelCard) -> Iterator[str]:
     if begins and not family.edits and steps * strength < 1:
         yield (f"strength is {strength:g} at {steps} step(s), of which none is left: should be at least "
                f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
-    if request.scheduler and not family.samplers:
-        yield f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other; leave it out."
+    samplers = SAMPLER_GROUPS[family.samplers]
+    if request.scheduler and STAND_INS.get(request.scheduler, request.scheduler) not in samplers:
+        yield (f"scheduler is {request.scheduler}: {card.name} has a sampler of its own, and no other"
+               f"{' but ' * bool(samplers) + ', '.join(samplers)}; leave it out.")
     ends = request.guidance_end is not None and request.guidance_end < 1
     refines = "refiner" in addons_present(card) and not begins and not (ends and request.guidance_end)
     if request.refine_from and request.refine_from < 1 and not refines:
         yield (f"refine_from is {request.refine_from:g}: it is for a model with a refiner (see SDWORKER_EXTRAS), for "
                "pictures from noise, and without guidance_end; leave it out.")
-    if ends and (begins or not family.samplers):
-        yield f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with Stable Diffusion " \
-              "1.x, 2.x and SDXL; leave it out."
+    if ends and (begins or not family.staged):
+        able = " and ".join(known.name for known in FAMILIES.values() if known.staged)
+        yield (f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with {able}; leave it "
+               "out.")
 
 # %% ../../nbs/5_serve/02_request.ipynb #be948d4d
 def parse_request(
