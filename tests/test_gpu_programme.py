@@ -63,7 +63,7 @@ def test_a_record_of_a_gpu_wants_all_formats(setup):
 @pytest.mark.parametrize("module", ["gpu_programme", "gpu_report"])
 def test_the_environment_is_made_with_the_standard_library(module):
     """On a machine whose Python lacks most packages, this code makes the environment that has them."""
-    code = f"import sys, sdworker.{module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    code = f"import sys, sdworker.lab.{module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names - {"sitecustomize"}
     assert brought - {"packaging"} == {"sdworker"}

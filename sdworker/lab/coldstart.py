@@ -26,7 +26,6 @@ from ..core.checkpoint_files import weight_files
 from ..core.model_info import EMBEDDED, ModelCard
 from ..core.settings import settings
 from ..core.timing import machine, summary, write_result
-from ..embedded.tiny_models import sdxl_shapes
 from .queue_server import work
 from ..start.load import model_card, resolve
 from ..start.prefetch import prefetch
@@ -265,6 +264,8 @@ def sdxl_sized(
     "Write a model of SDXL's true shapes with random weights, and the embedded model's small files."
     import torch
     from safetensors.torch import save_file
+
+    from sdworker.embedded.tiny_models import sdxl_shapes
 
     shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul(0.02).half()

@@ -67,7 +67,7 @@ def stage_function(
     if name not in STAGES:
         raise ValueError(f"STAGE is {name!r}, and should be one of {', '.join(STAGES)}.")
     module, function = STAGES[name].function.split(".")
-    return getattr(importlib.import_module(f"sdworker.{module}"), function)
+    return getattr(importlib.import_module(f"sdworker.lab.{module}"), function)
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00011
 def headline_ways(
