@@ -152,9 +152,10 @@ def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     assert not found.passed, found
 
 
+@pytest.mark.timeout(1300)  # on a busy machine; three minutes on a quiet one
 def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
     command = [sys.executable, "-m", "sdworker.cli.main", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
-               "--to", str(tmp_path), "--json"]
+               "--minutes", "20", "--to", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
