@@ -193,7 +193,8 @@ def inside(container: tuple[str, Path], *command: str, check: bool = True):
 
 
 WORK = """
-import json, socket, sys
+import json, socket, sys, sdworker
+sdworker.__path__.append("/queue/sdworker")
 from sdworker.lab.queue_server import work
 prompt, settings = sys.argv[1], dict(one.split("=") for one in sys.argv[2:])
 shift = work(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}], settings, limit=400)
@@ -201,9 +202,15 @@ print(json.dumps([socket.if_nameindex(), shift.answers["first"], shift.log]))
 """
 
 
+def drawn(container: tuple[str, Path], *settings: str) -> tuple[list, dict, str]:
+    """Have a worker at a queue draw in a container; interfaces, answer and log. The image lacks the queue's code."""
+    shutil.copytree(ROOT / "sdworker" / "lab", container[1] / "queue" / "sdworker" / "lab", dirs_exist_ok=True)
+    return json.loads(inside(container, "python", "-c", WORK, PROMPT, *settings).stdout)
+
+
 @pytest.mark.image
 def test_a_job_is_answered_without_a_network(container):
-    interfaces, answer, log = json.loads(inside(container, "python", "-c", WORK, PROMPT).stdout)
+    interfaces, answer, log = drawn(container)
     assert [name for _, name in interfaces] == ["lo"]
     assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
     assert f"{MODEL} found baked into the image: /model" in log
@@ -213,14 +220,14 @@ def test_a_job_is_answered_without_a_network(container):
 @pytest.mark.image
 def test_it_draws_with_the_code_that_was_compiled_in_the_build(container):
     """On the model as it is in the image, in shards; and with one byte changed it does without."""
-    _, answer, _ = json.loads(inside(container, "python", "-c", WORK, PROMPT).stdout)
+    _, answer, _ = drawn(container)
     rows = answer["output"]["timings"]["cold_start"]
     assert "check capsule" in rows and "diffusers" not in rows and answer["output"]["warnings"] == []
     code, = (container[1] / "opt/compiled/capsules").glob("*/denoiser.pt2")
     content = bytearray(code.read_bytes())
     content[len(content) // 2] ^= 1
     code.write_bytes(content)
-    _, answer, _ = json.loads(inside(container, "python", "-c", WORK, PROMPT).stdout)
+    _, answer, _ = drawn(container)
     assert "diffusers" in answer["output"]["timings"]["cold_start"]
     assert "denoiser.pt2 in it is damaged" in answer["output"]["warnings"][0]
     assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
@@ -237,12 +244,11 @@ def test_it_compiles_from_the_cache_that_was_filled_in_the_build(image, hub, loc
     name = buildah("from", tag).stdout.strip()
     container = name, Path(buildah("mount", name).stdout.strip())
     cached = "SDWORKER_COMPILE=cached"
-    _, answer, log = json.loads(inside(container, "python", "-c", WORK, PROMPT, cached).stdout)
+    _, answer, log = drawn(container, cached)
     assert log.index("compiled in") < log.index("job first:"), log
     assert answer["output"]["warnings"] == []
     assert all(judge(from_data_uri(answer["output"]["images"][0]), PROMPT).values())
-    other = inside(container, "python", "-c", WORK, PROMPT, cached, "SDWORKER_DTYPE=bfloat16")
-    _, answer, _ = json.loads(other.stdout)
+    _, answer, _ = drawn(container, cached, "SDWORKER_DTYPE=bfloat16")
     assert "was made for dtype float32, and here is bfloat16" in answer["output"]["warnings"][0]
     assert answer["output"]["images"]
 
