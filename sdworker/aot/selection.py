@@ -62,15 +62,18 @@ def select_engine(
     dtype: str,  # "float32", "float16" or "bfloat16"
 ) -> Selection:
     "Choose the engine. Raises `ModelError` if SDWORKER_ENGINE asks for a capsule and none can draw."
-    required, unsupported = settings.engine == "capsule", unsupported_by_aot(settings, card)
-    places = capsule_places(settings)
-    if settings.engine == "pipeline" or (not required and (unsupported or not capsules_in(places))):
+    required, places = settings.engine == "capsule", capsule_places(settings)
+    if settings.engine == "pipeline":
         return Selection()
-    folder, reason = None, unsupported
-    if not unsupported:
-        from sdworker.aot.engine import find_capsule  # which imports torch
+    if unsupported := unsupported_by_aot(settings, card):
+        if required:
+            raise ModelError(f"SDWORKER_ENGINE is 'capsule', and {unsupported}; use 'auto'.", lasting=True)
+        return Selection()
+    if not required and not capsules_in(places):
+        return Selection()
+    from sdworker.aot.engine import find_capsule  # which imports torch
 
-        folder, reason = find_capsule(card, device, dtype, places, settings.quantize)
+    folder, reason = find_capsule(card, device, dtype, places, settings.quantize)
     if folder and not required and (default := _default_unsupported(card, folder)):
         folder, reason = None, f"by default {default}"
     if required and not folder:
