@@ -75,9 +75,10 @@ class _Drawn(_Told):
     offload: Literal["none", "model", "sequential"] = Field("none", description=(
         "Keep weights in the machine's memory, and bring a component or a layer at a time to the GPU"))
     channels_last: bool = Field(False, description="Store convolution weights of the pipeline channels last")
-    compile: Literal["off", "reduce-overhead", "regional", "cached"] = Field("off", description=(
-        "Compile the pipeline's denoiser before the first job, with lazy loading within it: `reduce-overhead` the "
-        "whole, `regional` one block for all, `cached` the same from a folder filled by `bake --compile-cache`"))
+    compile: Literal["off", "cuda-graph", "reduce-overhead", "regional", "cached"] = Field("off", description=(
+        "Before the first job, with lazy loading within it, record the denoiser as a CUDA graph or compile it: "
+        "`reduce-overhead` the whole, `regional` one block for all, `cached` the same from a folder filled by "
+        "`bake --compile-cache`"))
     lora_scale: float = Field(1.0, ge=0, le=2, description="How strongly the LoRAs among the extras are added")
     step_cache: int = Field(1, ge=1, le=10, description=(
         "Denoising steps of which one is computed in full, and the others reuse its deep layers; 1: all are"))

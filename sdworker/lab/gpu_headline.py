@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'ATTENTION', 'AOT', 'WAYS', 'PROMPT', 'SCRIPT', 'DENSE', 'PUBLISHED', 'channels_last', 'vae_half',
-           'fused_qkv', 'fp8', 'compile_blocks', 'compile_whole', 'cuda_graph', 'Recorded', 'record_denoiser',
-           'attention_of', 'engine_of', 'signal_to_difference', 'against_eager', 'image_request', 'measure_way',
-           'way_in_process', 'image_operations', 'job_overhead', 'headline', 'write_headline', 'machine_of',
-           'step_share', 'headline_table', 'headline_sentence', 'plot_headline']
+           'fused_qkv', 'fp8', 'compile_blocks', 'compile_whole', 'record_denoiser', 'attention_of', 'engine_of',
+           'signal_to_difference', 'against_eager', 'image_request', 'measure_way', 'way_in_process',
+           'image_operations', 'job_overhead', 'headline', 'write_headline', 'machine_of', 'step_share',
+           'headline_table', 'headline_sentence', 'plot_headline']
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00003
 import math
@@ -87,49 +87,12 @@ def compile_whole(
     engine.pipe.vae.decode = torch.compile(engine.pipe.vae.decode, fullgraph=True, dynamic=False,
                                            **_compiler(engine, mode))
 
-# %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00017
-def cuda_graph(
-    call: Callable[[], "torch.Tensor"],
-) -> tuple[Callable[[], None], "torch.Tensor"]:  # what replays it, and where its result then lies
-    "Record a call on the GPU. Raises `ModelError` without one."
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ModelError("a CUDA graph needs a CUDA device, and torch sees none; leave it out.")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their kernels in the first calls
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
-
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00019
-class Recorded:
-    "A UNet's forward that is recorded at the first call of each shape, and replayed afterwards."
-    def __init__(self, forward: Callable[..., Any], record: Callable[..., Any] = cuda_graph):
-        self.forward, self.record, self.recordings = forward, record, {}
-
-    def __call__(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **ignored):
-        inputs = {"sample": sample, "timestep": timestep, "text": encoder_hidden_states, **(added_cond_kwargs or {})}
-        shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
-        if shapes not in self.recordings:
-            fixed = {name: tensor.to(sample.device, copy=True) for name, tensor in inputs.items()}
-            added = {name: fixed[name] for name in added_cond_kwargs or ()} or None
-            self.recordings[shapes] = fixed, *self.record(lambda: self.forward(
-                fixed["sample"], fixed["timestep"], fixed["text"], added_cond_kwargs=added, return_dict=False)[0])
-        fixed, replay, result = self.recordings[shapes]
-        for name, tensor in inputs.items():
-            fixed[name].copy_(tensor)
-        replay()
-        return (result.clone(),)
-
 def record_denoiser(engine: "FamilyEngine") -> None:
     "Replay the denoiser as a CUDA graph."
-    engine.pipe.unet.forward = Recorded(engine.pipe.unet.forward)
+    from sdworker.engine.torch_compile import compile_denoiser
+
+    compile_denoiser(engine.pipe.unet, "cuda-graph")
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00023
 CHANGES: dict[str, Callable[["FamilyEngine"], None]] = {

@@ -77,6 +77,7 @@ SWITCHES = {
     "VAE tiled": Switch({"vae": "tiled"}, least=25),
     "offload: model": Switch({"offload": "model"}),
     "offload: sequential": Switch({"offload": "sequential"}),
+    "compile: cuda-graph": Switch({"compile": "cuda-graph"}),
     "compile: reduce-overhead": Switch({"compile": "reduce-overhead"}),
     "compile: regional": Switch({"compile": "regional"}),
     "compile: cached": Switch({"compile": "cached"}),
