@@ -276,7 +276,6 @@ def make_environment(
     site = next(home.glob("lib/python*/site-packages"))
     for wheel in wheels:
         zipfile.ZipFile(wheel).extractall(site)
-    compileall.compile_dir(site, quiet=2, workers=0)  # before the links, which have their own
     own = {canonicalize_name(one.name): one for one in importlib.metadata.distributions(path=[str(site)])}
 
     def of(one: Requirement) -> Iterable[str]:
@@ -288,6 +287,7 @@ def make_environment(
         return (package.requires or ()) if name not in LEFT_OUT else ()
     linked = [name for name in sorted(reach(project_requirements(root), of) - own.keys() - LEFT_OUT)
               if _link(name, site)]
+    compileall.compile_dir(site, quiet=2, workers=0)  # the other machine's packages may have no bytecode
     (site / "project.pth").write_text(f"{root}\n")
     mark.write_text(names)
     print(f"environment: {len(own)} packages of wheels; linked are {', '.join(linked)}")
