@@ -233,7 +233,7 @@ def on_card(monkeypatch):
 
 def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tmp_path, offloaded, on_card):
     engine = offloaded(read_card(with_refiner(tmp_path / "model")), offload="model")
-    assert engine.instead == ""
+    assert engine.warnings == []
 
     def stop(done, total):
         raise KeyError("stopped")
@@ -273,6 +273,6 @@ def test_a_refiner_has_as_few_bits_as_its_base_and_is_not_compiled(tmp_path):
     card = read_card(with_refiner(tmp_path / "model"))
     engine = pipeline_for(defaults(quantize="int8"), card)
     base, refiner = (type(one.pipe.unet.mid_block.attentions[0].proj_in.weight) for one in (engine, engine.refine))
-    assert base is refiner is not torch.nn.Parameter and engine.instead == ""
+    assert base is refiner is not torch.nn.Parameter and engine.warnings == []
     assert generate(engine, "a red star", seed=7, steps=10).warnings == []
-    assert "not used for the refiner" in pipeline_for(defaults(compile="regional"), card).instead
+    assert "not used for the refiner" in " ".join(pipeline_for(defaults(compile="regional"), card).warnings)

@@ -24,7 +24,7 @@ from sdworker.embedded.shapes import judge
 from sdworker.embedded.tiny_models import miniature
 from sdworker.engine.diffusers_pipeline import PipelineEngine
 from sdworker.engine.generate import generate
-from sdworker.engine.types import Shape
+from sdworker.engine.types import SamplingParams
 from sdworker.lab.bench_aot import same_pictures
 from sdworker.lab.queue_server import Shift, work
 from sdworker.serve.image_io import data_uri, from_data_uri
@@ -197,15 +197,16 @@ def test_what_a_start_imports_before_the_first_picture_is_counted(capsule):
 def test_fifty_requests_out_of_range_get_a_sentence(capsule):
     engine = CapsuleEngine(CARD, capsule)
     sizes = [(w, h) for w, h in product((0, 8, 24, 31, 33, 64, 100, 2056, 4096), repeat=2) if (w, h) != (64, 64)][:40]
-    wrong = [(Shape(*size, 20, 3.0), 1) for size in sizes if not all(32 <= s <= 2048 and s % 8 == 0 for s in size)]
-    wrong += [(Shape(64, 64, steps, 3.0), 1) for steps in (0, -1, 101, 1000)]
-    wrong += [(Shape(64, 64, 20, 3.0), images) for images in (0, 17, 64, -1)]
-    wrong += [(Shape(64, 64, 20, 3.0, sampler), 1) for sampler in ("heun", "EULER", "unipc")]
+    wrong = [(SamplingParams(*size, 20, 3.0), 1) for size in sizes
+             if not all(32 <= s <= 2048 and s % 8 == 0 for s in size)]
+    wrong += [(SamplingParams(64, 64, steps, 3.0), 1) for steps in (0, -1, 101, 1000)]
+    wrong += [(SamplingParams(64, 64, 20, 3.0), images) for images in (0, 17, 64, -1)]
+    wrong += [(SamplingParams(64, 64, 20, 3.0, sampler), 1) for sampler in ("heun", "EULER", "unipc")]
     assert len(wrong) >= 50
     for shape, images in wrong:
         assert beyond(engine, shape, images), (shape, images)
         with pytest.raises(Unsuited, match=r"capsule"):
-            engine.pick(shape, images)
+            engine.route(shape, images)
 
 
 ANSWERS = """
@@ -286,8 +287,9 @@ def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
     card = read_card(tmp_path / "model")
     engine = CapsuleEngine(card, make_capsule(card, tmp_path / "capsules"))  # which proves it with every sampler
     assert engine.about["psnr"] > 40 and set(engine.parts) == {"text", "denoiser", "vae"}
-    assert beyond(engine, Shape(64, 64, 20, 7.5), 1) == "the capsule has no table of the scheduler of the model"
-    assert beyond(engine, Shape(64, 64, 20, 7.5, "ddim"), 1) == ""
+    assert beyond(engine, SamplingParams(64, 64, 20, 7.5), 1) == (
+        "the capsule has no table of the scheduler of the model")
+    assert beyond(engine, SamplingParams(64, 64, 20, 7.5, "ddim"), 1) == ""
 
 
 @pytest.mark.timeout(900)

@@ -31,7 +31,7 @@ from ..core.checkpoint_files import components, header_of, weight_files
 from ..core.failures import device_loss, memory_is_out
 from ..core.model_info import ModelCard, ModelError, Unsuited, read_entry, read_json, vae_scale
 from ..engine.compiler_options import architecture
-from ..engine.types import Encoded, Engine, OnStep, Shape, Shot
+from ..engine.types import Encoded, Engine, ImageSpec, OnStep, SamplingParams
 
 log = logging.getLogger("sdworker")
 
@@ -237,20 +237,20 @@ class CapsuleEngine:
         check_inputs(self.about["parts"][part], self.about["bounds"], tensors)
         return _call(self, part, [tensor.contiguous() for tensor in tensors])
 
-    def encode(self, shots, shape):
+    def encode(self, specs, params):
         self.failed_allocations = _failed_allocations(self.device)  # once for each batch
-        return encode_texts(self, shots, shape)
+        return encode_texts(self, specs, params)
 
-    def denoise(self, encoded, shots, shape, on_step=None):
-        return denoise_by_table(self, encoded, shots, shape, on_step)
+    def denoise(self, encoded, specs, params, on_step=None):
+        return denoise_by_table(self, encoded, specs, params, on_step)
 
     def decode(self, latents):
         return self.run("vae", latents)[0].cpu().numpy()
 
-    def pick(self, shape, images):
-        if reason := beyond(self, shape, images):
+    def route(self, params, images):
+        if reason := beyond(self, params, images):
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the pipeline.")
-        return self, ""
+        return self, []
 
 # %% ../../nbs/3_aot/02_engine.ipynb #a110c002
 def _failed_allocations(device: str) -> int:
@@ -270,83 +270,83 @@ def _call(engine: CapsuleEngine, part: str, tensors: list[torch.Tensor]) -> list
 @torch.inference_mode()
 def encode_texts(
     engine: CapsuleEngine,
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
     "Embed the prompts of a batch, and the negative ones if there is guidance by them."
-    texts = [shot.prompt for shot in shots] + [shot.negative_prompt for shot in shots if _guided(engine, shape)]
+    texts = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs if _guided(engine, params)]
     tokens = [torch.tensor([found.ids for found in tokenizer.encode_batch(texts)], device=engine.device)
               for tokenizer in engine.tokenizers]
     found = engine.run("text", *tokens)
     if engine.about["zeros"]:
-        empty = [place for place in range(len(shots), len(texts)) if not texts[place]]
+        empty = [place for place in range(len(specs), len(texts)) if not texts[place]]
         for tensor in found:
             tensor[empty] = 0
     return dict(zip(("text", "pooled"), found, strict=False))
 
-def _guided(engine: CapsuleEngine, shape: Shape) -> int:
+def _guided(engine: CapsuleEngine, params: SamplingParams) -> int:
     "Steps in which the denoiser is called for the negative prompts too."
-    return shape.guided if engine.card.family.negative else 0
+    return params.guided if engine.card.family.negative else 0
 
 # %% ../../nbs/3_aot/02_engine.ipynb #591d0db4
 @torch.inference_mode()
 def denoise_by_table(
     engine: CapsuleEngine,
     encoded: Encoded,
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:  # latents
     "Go from noise to latents by a sampler's table and the compiled denoiser."
-    about, guided = engine.about, iter(range(_guided(engine, shape)))
-    fixed = [_told(name, engine, encoded, shape) for name in about["told"]]
+    about, guided = engine.about, iter(range(_guided(engine, params)))
+    fixed = [_told(name, engine, encoded, params) for name in about["told"]]
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
-        calls = len(fixed[0]) if next(guided, None) is not None else len(shots)
-        given = latents.repeat(calls // len(shots), 1, 1, 1)
+        calls = len(fixed[0]) if next(guided, None) is not None else len(specs)
+        given = latents.repeat(calls // len(specs), 1, 1, 1)
         told = (torch.full((calls,), t, device=engine.device), *(tensor[:calls] for tensor in fixed))
         said = engine.run("denoiser", given, *told)[0]
-        if calls == len(shots):
+        if calls == len(specs):
             return said
         wanted, unwanted = said.chunk(2)
-        return unwanted + shape.guidance * (wanted - unwanted)
-    size = (len(shots), about["channels"], shape.height // about["scale"], shape.width // about["scale"])
-    table = table_for(*(engine.tables[f"{shape.sampler or OWN} {part}"] for part in ("rows", "ends")), shape.steps)
+        return unwanted + params.guidance * (wanted - unwanted)
+    size = (len(specs), about["channels"], params.height // about["scale"], params.width // about["scale"])
+    table = table_for(*(engine.tables[f"{params.sampler or OWN} {part}"] for part in ("rows", "ends")), params.steps)
     if about["shift"]:  # which is for a number of tokens: a, b of a * tokens + b
         (a, b), patch = about["shift"], engine.card.family.patch
         table = shifted(table, a * (size[2] // patch) * (size[3] // patch) + b)
-    random = [seeded(shot.seed) for shot in shots]
+    random = [seeded(spec.seed) for spec in specs]
     return run_table(table, denoiser, size, random, getattr(torch, engine.dtype), engine.device, on_step)
 
-def _told(name: str, engine: CapsuleEngine, encoded: Encoded, shape: Shape) -> torch.Tensor:
+def _told(name: str, engine: CapsuleEngine, encoded: Encoded, params: SamplingParams) -> torch.Tensor:
     "What the denoiser is told beside latents and timestep, for each call in a batch."
     if name in encoded:
         return encoded[name]
-    told = {"sizes": [shape.height, shape.width, 0, 0, shape.height, shape.width],  # whole, place, cut
-            "guidance": shape.guidance}[name]
+    told = {"sizes": [params.height, params.width, 0, 0, params.height, params.width],  # whole, place, cut
+            "guidance": params.guidance}[name]
     return torch.tensor([told] * len(encoded["text"]), dtype=getattr(torch, engine.dtype), device=engine.device)
 
 # %% ../../nbs/3_aot/02_engine.ipynb #67e25710
 def beyond(
     engine: CapsuleEngine,
-    shape: Shape,
+    params: SamplingParams,
     images: int,  # in one call
 ) -> str:  # a sentence without its full stop; empty: nothing
     "What of a request is beyond a capsule."
     limits = engine.about["key"]["ranges"]
-    if shape.begins != "noise":
+    if params.mode != "txt2img":
         return "it begins from a picture, and the capsule draws from noise"
-    if shape.refine_from < 1:
+    if params.refine_from < 1:
         return "it wants a refiner, which the capsule does not have"
     least, most, unit = limits["side"]
     for name in ("width", "height"):
-        if not least <= getattr(shape, name) <= most or getattr(shape, name) % unit:
-            return f"{name} is {getattr(shape, name)}, and the capsule draws {least} to {most}, in steps of {unit}"
-    for name, value in (("num_inference_steps", shape.steps), ("images in one call", images)):
+        if not least <= getattr(params, name) <= most or getattr(params, name) % unit:
+            return f"{name} is {getattr(params, name)}, and the capsule draws {least} to {most}, in steps of {unit}"
+    for name, value in (("num_inference_steps", params.steps), ("images in one call", images)):
         least, most = limits["images" if name.startswith("images") else "steps"]
         if not least <= value <= most:
             return f"{name} is {value}, and the capsule takes {least} to {most}"
-    if f"{shape.sampler or OWN} rows" not in engine.tables:
-        return f"the capsule has no table of the scheduler {shape.sampler or 'of the model'}"
+    if f"{params.sampler or OWN} rows" not in engine.tables:
+        return f"the capsule has no table of the scheduler {params.sampler or 'of the model'}"
     return ""
 
 # %% ../../nbs/3_aot/02_engine.ipynb #bf63e505
@@ -367,15 +367,15 @@ class CapsuleFirst:
                 raise ModelError(str(error), lasting=lost) from error
         return self._pipeline
 
-    def pick(self, shape: Shape, images: int) -> tuple[Engine, str]:
-        if not (reason := beyond(self.capsule, shape, images)):
-            return self.capsule, ""
+    def route(self, params: SamplingParams, images: int) -> tuple[Engine, list[str]]:
+        if not (reason := beyond(self.capsule, params, images)):
+            return self.capsule, []
         _say(f"{reason}; the pipeline draws such requests")
         begin, there = time.perf_counter(), self._pipeline
         pipeline = self.pipeline()
         waited = "" if there else f" Loading it took {time.perf_counter() - begin:.1f} s."
-        drawer, word = pipeline.pick(shape, images)
-        return drawer, f"Drawn by the pipeline, not the capsule: {reason}.{waited} {word}".strip()
+        drawer, warnings = pipeline.route(params, images)
+        return drawer, [f"Drawn by the pipeline, not the capsule: {reason}.{waited}", *warnings]
 
 @lru_cache
 def _say(text: str) -> None:

@@ -86,11 +86,11 @@ def _default_unsupported(card: ModelCard, folder: Path) -> str:
     from safetensors import safe_open
 
     from sdworker.aot.engine import ABOUT, beyond
-    from sdworker.engine.types import Shape
+    from sdworker.engine.types import SamplingParams
 
     with safe_open(folder / "tables.safetensors", "np") as tables:
         capsule = SimpleNamespace(about=read_json(folder / ABOUT), tables=set(tables.keys()))
-    return beyond(capsule, Shape(card.side, card.side, card.steps, card.guidance), 1)
+    return beyond(capsule, SamplingParams(card.side, card.side, card.steps, card.guidance), 1)
 
 def _no_capsule(settings: Settings, reason: str) -> ModelError:
     reason = reason or f"there is none in {capsule_places(settings)[0]}"

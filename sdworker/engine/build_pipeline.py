@@ -57,7 +57,7 @@ def pipeline_for(
     for pipe in (*([engine.refine.pipe] if engine.refine else []), engine.pipe):
         words += [use_attention(pipe, chosen.attention, device, dtype),
                   use_memory(pipe, chosen.vae, chosen.offload, chosen.channels_last, device)]
-    engine.instead = " ".join(dict.fromkeys(filter(None, words)))
+    engine.warnings = list(dict.fromkeys(filter(None, words)))
     return engine
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #d3dfd587

@@ -19,7 +19,7 @@ from ..core.checkpoint_files import components, weight_files
 from ..core.failures import load_error
 from ..core.model_info import UNUSED, ModelCard, read_json
 from ..core.schedulers import SAMPLERS
-from .types import Encoded, OnStep, Shape, Shot
+from .types import Encoded, ImageSpec, OnStep, SamplingParams
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig, SchedulerMixin
@@ -135,18 +135,18 @@ def denoiser_of(
 @torch.no_grad()  # not inference_mode: to compiled code its tensors would be of another kind
 def encode_prompts(
     pipe: "DiffusionPipeline",
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
 ) -> Encoded:  # text embeddings by the names under which the pipeline takes them
     "Embed the prompts of a batch, positive and negative."
-    guided = shape.guided > 0
+    guided = params.guided > 0
     found = pipe.encode_prompt(
-        [shot.prompt for shot in shots], device=pipe._execution_device, num_images_per_prompt=1,
-        do_classifier_free_guidance=guided, negative_prompt=[shot.negative_prompt for shot in shots])
+        [spec.prompt for spec in specs], device=pipe._execution_device, num_images_per_prompt=1,
+        do_classifier_free_guidance=guided, negative_prompt=[spec.negative_prompt for spec in specs])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     encoded = dict(zip(names, found, strict=False))
     if guided and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
-        empty = [k for k, shot in enumerate(shots) if not shot.negative_prompt]
+        empty = [k for k, spec in enumerate(specs) if not spec.negative_prompt]
         for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
             encoded[name][empty] = 0
     return encoded
@@ -165,37 +165,37 @@ def scheduler_for(
     return getattr(diffusers, name).from_config(own.config, **changed)
 
 def generators(
-    shots: Sequence[Shot],
+    specs: Sequence[ImageSpec],
 ) -> list[torch.Generator]:
     "Random numbers for each image, which its seed alone decides."
-    return [torch.Generator().manual_seed(shot.seed) for shot in shots]
+    return [torch.Generator().manual_seed(spec.seed) for spec in specs]
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #7b751c7b
 def denoise(
     pipe: "DiffusionPipeline",
     encoded: Encoded,
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
     on_step: OnStep | None = None,
     **more: Any,  # arguments of the pipeline
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
     "Run the denoiser, from pure noise if nothing else is said."
     halved = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
-              if name in pipe._callback_tensor_inputs] if 0 < shape.guided < shape.steps else []
+              if name in pipe._callback_tensor_inputs] if 0 < params.guided < params.steps else []
     def report(own, step, timestep, tensors):
         if on_step:
             on_step(step + 1, own.num_timesteps)
-        if halved and own.do_classifier_free_guidance and step + 1 >= shape.guided / shape.steps * own.num_timesteps:
+        if halved and own.do_classifier_free_guidance and step + 1 >= params.guided / params.steps * own.num_timesteps:
             own._guidance_scale = 1.0  # which is how the pipeline knows whether there is guidance
             return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
         return {}
     own = copy.copy(pipe)
-    vars(own)["scheduler"] = scheduler_for(pipe.scheduler, shape.sampler)  # plainly set, it imports the compiler
+    vars(own)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # plainly set, it imports the compiler
     return own(
-        **encoded, width=shape.width, height=shape.height, num_inference_steps=shape.steps,
-        guidance_scale=shape.guidance if shape.guided else 1.0, output_type="latent", callback_on_step_end=report,
+        **encoded, width=params.width, height=params.height, num_inference_steps=params.steps,
+        guidance_scale=params.guidance if params.guided else 1.0, output_type="latent", callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=halved,
-        **{"generator": generators(shots)} | more).images
+        **{"generator": generators(specs)} | more).images
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #2ab4cee1
 def to_pixels(
@@ -233,17 +233,17 @@ class PipelineEngine:
     def __init__(self, card: ModelCard, device: str = "cpu", dtype: str = "float32",
                  weights: Mapping[str, torch.Tensor] | None = None,
                  quantization: "PipelineQuantizationConfig | None" = None):
-        self.card, self.device, self.dtype, self.instead = card, device, dtype, ""  # why it stands in for another
+        self.card, self.device, self.dtype, self.warnings = card, device, dtype, []  # of each answer
         self.pipe = load_pipeline(card, device, dtype, weights, quantization)
 
-    def pick(self, shape, images):
-        return self, self.instead
+    def route(self, params, images):
+        return self, self.warnings
 
-    def encode(self, shots, shape):
-        return encode_prompts(self.pipe, shots, shape)
+    def encode(self, specs, params):
+        return encode_prompts(self.pipe, specs, params)
 
-    def denoise(self, encoded, shots, shape, on_step=None):
-        return denoise(self.pipe, encoded, shots, shape, on_step)
+    def denoise(self, encoded, specs, params, on_step=None):
+        return denoise(self.pipe, encoded, specs, params, on_step)
 
     def decode(self, latents):
         return decode(self.pipe, latents)

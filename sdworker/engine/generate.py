@@ -17,7 +17,7 @@ from PIL import Image
 from ..core.failures import device_guard, memory_is_out
 from ..core.model_info import ModelCard, Unsuited, fit
 from ..core.timing import Timings, between, mark
-from .types import Drawn, Engine, OnStep, Picture, Shape, Shot, image_seeds
+from .types import Drawn, Engine, ImageSpec, OnStep, Picture, SamplingParams, image_seeds
 
 log = logging.getLogger("sdworker")
 
@@ -27,22 +27,22 @@ class BatchSizes:
     def __init__(self):
         self.failed: dict[tuple, dict[int, int]] = {}  # kind of batch -> pixels of an image -> fewest images
 
-    def fewest(self, shape: Shape) -> int | None:
+    def fewest(self, params: SamplingParams) -> int | None:
         "The smallest batch of such images that is known not to fit."
-        sizes = self.failed.get(self._kind(shape), {})
-        return min((images for pixels, images in sizes.items() if pixels <= shape.width * shape.height), default=None)
+        sizes = self.failed.get(self._kind(params), {})
+        return min((images for pixels, images in sizes.items() if pixels <= params.width * params.height), default=None)
 
-    def add(self, shape: Shape, images: int) -> None:
+    def add(self, params: SamplingParams, images: int) -> None:
         "Remember a batch that did not fit, unless that follows from what is known."
-        if (known := self.fewest(shape)) is not None and known <= images:
+        if (known := self.fewest(params)) is not None and known <= images:
             return
-        sizes, pixels = self.failed.setdefault(self._kind(shape), {}), shape.width * shape.height
+        sizes, pixels = self.failed.setdefault(self._kind(params), {}), params.width * params.height
         sizes[pixels] = images
         for other in [other for other in sizes if other > pixels and sizes[other] >= images]:
             del sizes[other]
 
-    def _kind(self, shape: Shape) -> tuple:
-        return shape.begins, shape.guided > 0, shape.refine_from < 1
+    def _kind(self, params: SamplingParams) -> tuple:
+        return params.mode, params.guided > 0, params.refine_from < 1
 
 BATCH_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # for as long as an engine lives
 
@@ -51,16 +51,16 @@ class OutOfMemory(Unsuited):
     "Not even one image fits into memory."
 
 def in_batches(
-    shots: Sequence[Shot],
+    specs: Sequence[ImageSpec],
     most: int,  # images in one call
-    draw: Callable[[Sequence[Shot]], None],
-    shape: Shape,
+    draw: Callable[[Sequence[ImageSpec]], None],
+    params: SamplingParams,
     sizes: BatchSizes,  # what is known of this engine's memory; learns from what fails
 ) -> list[str]:  # for the answer's "warnings"
-    "Draw shots in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
-    done, failed, paid = 0, sizes.fewest(shape), False
-    limited = failed is not None and min(most, len(shots)) >= failed
-    while batch := shots[done:done + (_half(failed) if limited else most)]:
+    "Draw specs in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
+    done, failed, paid = 0, sizes.fewest(params), False
+    limited = failed is not None and min(most, len(specs)) >= failed
+    while batch := specs[done:done + (_half(failed) if limited else most)]:
         try:
             draw(batch)
             done += len(batch)
@@ -74,7 +74,7 @@ def in_batches(
             raise OutOfMemory("not even one image of this size fits into memory; ask for fewer pixels, or see "
                               "SDWORKER_PROFILE=lowmem.")
         limited, failed, paid = True, len(batch), True
-        sizes.add(shape, failed)
+        sizes.add(params, failed)
     advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if paid else ""
     return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time"
             f"{advice}."] if limited else []
@@ -106,21 +106,21 @@ def generate(
     "Draw pictures. Values are taken as they are; `request` is where they are checked."
     card, timings, pictures = engine.card, Timings(), []
     image, own = _beginning(card, image)
-    shape = Shape(width or own[0], height or own[1], steps or card.steps,
+    params = SamplingParams(width or own[0], height or own[1], steps or card.steps,
                   card.guidance if guidance is None else guidance, sampler, guidance_end,
                   "mask" if mask else "image" if image else "noise", strength)
-    shape = replace(shape, refine_from=_refined(engine, shape) if refine_from is None else refine_from)
+    params = replace(params, refine_from=_refined(engine, params) if refine_from is None else refine_from)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
-    shots = [Shot(p, s, negative_prompt, image, mask)
+    specs = [ImageSpec(p, s, negative_prompt, image, mask)
              for p, s in zip(prompts, image_seeds(seed, len(prompts)), strict=True)]
-    engine, reason = engine.pick(shape, min(max_batch, len(shots)))
-    def draw(batch: Sequence[Shot]) -> None:
-        for picture in _draw(engine, batch, shape, timings, on_step and (lambda done, total: on_step(
-                len(pictures) * total + done * len(batch), len(shots) * total))):
+    engine, reason = engine.route(params, min(max_batch, len(specs)))
+    def draw(batch: Sequence[ImageSpec]) -> None:
+        for picture in _draw(engine, batch, params, timings, on_step and (lambda done, total: on_step(
+                len(pictures) * total + done * len(batch), len(specs) * total))):
             pictures.append(picture)
             on_picture(picture)
     sizes = BATCH_SIZES.setdefault(engine, BatchSizes())
-    halved = in_batches(shots, min(max_batch, card.family.batch), draw, shape, sizes)
+    halved = in_batches(specs, min(max_batch, card.family.batch), draw, params, sizes)
     return Drawn(pictures, timings, [reason] * bool(reason) + halved)
 
 # %% ../../nbs/2_engine/03_generate.ipynb #ed7c9d5f
@@ -130,19 +130,20 @@ def _beginning(card: ModelCard, image: Image.Image | None) -> tuple[Image.Image 
         image = image or Image.new("RGB", (card.side, card.side), "grey")
     return image, fit(image.size, card.side, card.multiple) if image else (card.side, card.side)
 
-def _refined(engine: Engine, shape: Shape) -> float:
+def _refined(engine: Engine, params: SamplingParams) -> float:
     "From where a refiner draws, if nobody says; over no picture that is begun from, nor after guidance has ended."
-    usual, refine = replace(shape, refine_from=0.8), getattr(engine, "refine", None)
-    fits = refine and shape.begins == "noise" and shape.guided in (0, shape.steps) and refine.split(usual)[0]
+    usual, refine = replace(params, refine_from=0.8), getattr(engine, "refine", None)
+    fits = refine and params.mode == "txt2img" and params.guided in (0, params.steps) and refine.split(usual)[0]
     return usual.refine_from if fits else 1.0  # of a single step there is none for the base
 
 @device_guard()
-def _draw(engine: Engine, batch: Sequence[Shot], shape: Shape, timings: Timings, tell: OnStep | None) -> list[Picture]:
+def _draw(engine: Engine, batch: Sequence[ImageSpec], params: SamplingParams, timings: Timings,
+          tell: OnStep | None) -> list[Picture]:
     "Draw one batch."
     marks = [mark(engine.device)]  # on a GPU each stage returns before its work is done
-    encoded = engine.encode(batch, shape)
+    encoded = engine.encode(batch, params)
     marks.append(mark(engine.device))
-    latents = engine.denoise(encoded, batch, shape, tell)
+    latents = engine.denoise(encoded, batch, params, tell)
     marks.append(mark(engine.device))
     pixels = engine.decode(latents)
     marks.append(mark(engine.device))

@@ -25,7 +25,7 @@ from ..core.checkpoint_files import header_of, weight_files
 from ..core.failures import device_loss, load_error, memory_is_out
 from ..core.model_info import ModelError, Unsuited, read_card
 from .diffusers_pipeline import denoise, encode_prompts, generators, load_pipeline, scheduler_for
-from .types import Encoded, OnStep, Shape, Shot
+from .types import Encoded, ImageSpec, OnStep, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,27 +202,28 @@ class Refiner:
             requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def split(self, shape: Shape) -> tuple[int, int]:
+    def split(self, params: SamplingParams) -> tuple[int, int]:
         "Steps of the base, and of the refiner."
-        scheduler = scheduler_for(self.base.scheduler, shape.sampler)
-        scheduler.set_timesteps(shape.steps)
+        scheduler = scheduler_for(self.base.scheduler, params.sampler)
+        scheduler.set_timesteps(params.steps)
         trained = scheduler.config.num_train_timesteps
-        late = sum(t < round(trained - shape.refine_from * trained) for t in scheduler.timesteps.tolist())
+        late = sum(t < round(trained - params.refine_from * trained) for t in scheduler.timesteps.tolist())
         return len(scheduler.timesteps) - late, late
 
-    def __call__(self, encoded: Encoded, shots: "Sequence[Shot]", shape: Shape, on_step: OnStep | None = None,
-                 ) -> torch.Tensor:  # latents
-        first, last = self.split(shape)
+    def __call__(self, encoded: Encoded, specs: "Sequence[ImageSpec]", params: SamplingParams,
+                 on_step: OnStep | None = None) -> torch.Tensor:  # latents
+        first, last = self.split(params)
         if not first:
-            raise Unsuited(f"refine_from is {shape.refine_from:g}, which leaves the base no step of {last}: give more.")
+            raise Unsuited(f"refine_from is {params.refine_from:g}, which leaves the base no step of {last}: give "
+                           "more.")
         if not last:
-            return denoise(self.base, encoded, shots, shape, on_step)
+            return denoise(self.base, encoded, specs, params, on_step)
         def after(before: int) -> OnStep:  # Heun takes one more where it is cut
             return lambda done, _: on_step and on_step(min(before + done, first + last), first + last)
-        noise = generators(shots)  # of both: a sampler that adds noise would add the first one again
-        begun = denoise(self.base, encoded, shots, shape, after(0), denoising_end=shape.refine_from, generator=noise)
-        return denoise(self.pipe, encode_prompts(self.pipe, shots, shape), shots, shape, after(first),
-                       denoising_start=shape.refine_from, image=begun, generator=noise)
+        noise = generators(specs)  # of both: a sampler that adds noise would add the first one again
+        begun = denoise(self.base, encoded, specs, params, after(0), denoising_end=params.refine_from, generator=noise)
+        return denoise(self.pipe, encode_prompts(self.pipe, specs, params), specs, params, after(first),
+                       denoising_start=params.refine_from, image=begun, generator=noise)
 
 # %% ../../nbs/2_engine/12_lora_refiner.ipynb #7b3e0c1e
 def use_addons(

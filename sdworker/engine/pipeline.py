@@ -22,7 +22,7 @@ from ..core.families import UNKNOWN, Family
 from ..core.model_info import ModelCard, ModelError, Unsuited
 from ..core.schedulers import SAMPLERS
 from .diffusers_pipeline import PipelineEngine, denoiser_of, generators, scheduler_for
-from .types import OnStep, Shape, Shot
+from .types import ImageSpec, OnStep, SamplingParams
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,25 +45,25 @@ def sibling(
 # %% ../../nbs/2_engine/04_pipeline.ipynb #af6fc2a2
 def arguments(
     family: Family,
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
 ) -> dict[str, Any]:
     "What a pipeline is called with, if it takes all of it."
     given: dict[str, Any] = {
-        "prompt": [shot.prompt for shot in shots], "width": shape.width, "height": shape.height,
-        "num_inference_steps": shape.steps, family.guidance_argument: shape.guidance, "output_type": "pt",
-        "generator": generators(shots)}
-    unwanted = [shot.negative_prompt or " " for shot in shots]
-    if family.negative and shape.guidance > family.unguided and (family.needs_negative or set(unwanted) != {" "}):
+        "prompt": [spec.prompt for spec in specs], "width": params.width, "height": params.height,
+        "num_inference_steps": params.steps, family.guidance_argument: params.guidance, "output_type": "pt",
+        "generator": generators(specs)}
+    unwanted = [spec.negative_prompt or " " for spec in specs]
+    if family.negative and params.guidance > family.unguided and (family.needs_negative or set(unwanted) != {" "}):
         given["negative_prompt"] = unwanted
     if family.edits:
-        given["image"] = shots[0].image
-    elif shape.begins != "noise":
-        size = (shape.width, shape.height)
-        given |= {"image": [shot.image.resize(size, Image.Resampling.LANCZOS) for shot in shots],
-                  "strength": shape.strength}
-        if shape.begins == "mask":
-            given["mask_image"] = [shot.mask.convert("L").resize(size) for shot in shots]
+        given["image"] = specs[0].image
+    elif params.mode != "txt2img":
+        size = (params.width, params.height)
+        given |= {"image": [spec.image.resize(size, Image.Resampling.LANCZOS) for spec in specs],
+                  "strength": params.strength}
+        if params.mode == "inpaint":
+            given["mask_image"] = [spec.mask.convert("L").resize(size) for spec in specs]
     return given
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #1110f249
@@ -71,18 +71,18 @@ def arguments(
 def run_pipeline(
     pipe: "DiffusionPipeline",
     family: Family,
-    shots: Sequence[Shot],
-    shape: Shape,
+    specs: Sequence[ImageSpec],
+    params: SamplingParams,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:  # uint8 (n, height, width, 3)
     "Draw by one call of a pipeline."
     def report(own, step, timestep, tensors):
         if on_step:
-            on_step(step + 1, getattr(own, "num_timesteps", shape.steps))
+            on_step(step + 1, getattr(own, "num_timesteps", params.steps))
         return {}
     own = copy.copy(pipe)
-    vars(own)["scheduler"] = scheduler_for(pipe.scheduler, shape.sampler)
-    given = arguments(family, shots, shape) | {"callback_on_step_end": report}
+    vars(own)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)
+    given = arguments(family, specs, params) | {"callback_on_step_end": report}
     if length := family.text_length(denoiser_of(own).config):
         given["max_sequence_length"] = length
     takes = inspect.signature(own.__call__).parameters
@@ -93,7 +93,7 @@ def run_pipeline(
     with _as_before(own), _known(family, own):
         drawn = own(**{name: value for name, value in given.items() if name in takes}).images
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return _kept(pixels, given) if shape.begins == "mask" else pixels
+    return _kept(pixels, given) if params.mode == "inpaint" else pixels
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #a69fc77c
 @contextmanager
@@ -142,17 +142,17 @@ def own_defaults(
 def beginning(
     pipe: "DiffusionPipeline",
     family: Family,
-    begins: str,  # "noise", "image" or "mask"
+    mode: str,  # "txt2img", "img2img" or "inpaint"
 ) -> "DiffusionPipeline":  # the same, where it takes a picture itself or nobody has another class
     "The pipeline on the same components that begins so: the family's, or that which diffusers' auto pipelines know."
     import diffusers
 
-    if begins == "noise" or family is not UNKNOWN:
-        kind = {"image": family.from_image, "mask": family.inpaint}.get(begins)
+    if mode == "txt2img" or family is not UNKNOWN:
+        kind = {"img2img": family.from_image, "inpaint": family.inpaint}.get(mode)
         return sibling(pipe, kind) if kind else pipe
-    if ("image" if begins == "image" else "mask_image") in inspect.signature(pipe.__call__).parameters:
+    if ("image" if mode == "img2img" else "mask_image") in inspect.signature(pipe.__call__).parameters:
         return pipe
-    auto = diffusers.AutoPipelineForImage2Image if begins == "image" else diffusers.AutoPipelineForInpainting
+    auto = diffusers.AutoPipelineForImage2Image if mode == "img2img" else diffusers.AutoPipelineForInpainting
     try:
         made = auto.from_pipe(pipe)
     except ValueError:  # there is none
@@ -172,30 +172,30 @@ class FamilyEngine(PipelineEngine):
         if "processor" in self.pipe.config:
             vars(self.pipe)["processor"] = PictureReader(self.card.folder / "processor", self.pipe.tokenizer)
 
-    def _apart(self, shape: Shape) -> bool:
-        return self.card.family.staged and shape.begins == "noise"
+    def _apart(self, params: SamplingParams) -> bool:
+        return self.card.family.staged and params.mode == "txt2img"
 
-    def pick(self, shape, images):
-        if shape.refine_from < 1 and not self.refine:
-            raise Unsuited(f"refine_from is {shape.refine_from:g}, and this model has no refiner; leave it out.")
-        return super().pick(shape, images)
+    def route(self, params, images):
+        if params.refine_from < 1 and not self.refine:
+            raise Unsuited(f"refine_from is {params.refine_from:g}, and this model has no refiner; leave it out.")
+        return super().route(params, images)
 
-    def encode(self, shots, shape):
+    def encode(self, specs, params):
         for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # the last to hook shared parts counts
             pipe.maybe_free_model_hooks()  # under offload: what a decode or a job that failed has left on the card
-        return super().encode(shots, shape) if self._apart(shape) else {}
+        return super().encode(specs, params) if self._apart(params) else {}
 
-    def denoise(self, encoded, shots, shape, on_step=None):
+    def denoise(self, encoded, specs, params, on_step=None):
         import diffusers
 
-        sampler = getattr(diffusers, SAMPLERS[shape.sampler][0]) if shape.sampler else self.pipe.scheduler
-        self.begin(shape.steps * sampler.order)  # calls of the denoiser
-        if shape.refine_from < 1:
-            return self.refine(encoded, shots, shape, on_step)
-        if self._apart(shape):
-            return super().denoise(encoded, shots, shape, on_step)
-        pipe = beginning(self.pipe, self.card.family, shape.begins)
-        return run_pipeline(pipe, self.card.family, shots, shape, on_step)
+        sampler = getattr(diffusers, SAMPLERS[params.sampler][0]) if params.sampler else self.pipe.scheduler
+        self.begin(params.steps * sampler.order)  # calls of the denoiser
+        if params.refine_from < 1:
+            return self.refine(encoded, specs, params, on_step)
+        if self._apart(params):
+            return super().denoise(encoded, specs, params, on_step)
+        pipe = beginning(self.pipe, self.card.family, params.mode)
+        return run_pipeline(pipe, self.card.family, specs, params, on_step)
 
     def decode(self, latents):
         return latents.cpu().numpy() if latents.dtype == torch.uint8 else super().decode(latents)

@@ -274,7 +274,7 @@ def prepare(
         error = getattr(error, "inner_exception", error)  # around which torch puts one that has less to report
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log.warning("not compiled: %s", reason)
-        engine.instead = f"{engine.instead} SDWORKER_COMPILE is {mode!r}, which failed: {reason}".strip()
+        engine.warnings.append(f"SDWORKER_COMPILE is {mode!r}, which failed: {reason}")
     return time.perf_counter() - start
 
 def _draw(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
@@ -311,7 +311,8 @@ def fill_cache(
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     prepare(engine, range(1, most + 1))
     if not is_compiled(getattr(engine.pipe, engine.card.denoiser)):
-        raise ModelError(engine.instead or "nothing here is to be compiled; load with 'regional'.", lasting=True)
+        raise ModelError(" ".join(engine.warnings) or "nothing here is to be compiled; load with 'regional'.",
+                         lasting=True)
     key = cache_key(engine.card, engine.device, engine.dtype, most=most)
     write_file(folder / NOTE, json.dumps(key, indent=1).encode())
     return folder

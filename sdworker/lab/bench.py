@@ -142,7 +142,7 @@ def row(
         return {"not_used": str(error)}
     verdict = asdict(held(list(draw_pairs(engine, asked, 10, **switch.request)), plainly(), least=switch.least))
     return {"time": timings(engine, plain, switch.request, turns), **verdict, "least": switch.least,
-            "warning": getattr(engine, "instead", "")}
+            "warning": " ".join(getattr(engine, "warnings", []))}
 
 # %% ../../nbs/8_lab/05_bench.ipynb #a7223ada
 def steps_curve(

@@ -38,7 +38,7 @@ from sdworker.lab.coldstart import (
 )
 
 if TYPE_CHECKING:  # a process that has torch mapped cannot drop it from the system's cache, so it is imported late
-    from sdworker.engine.types import Engine, Shape
+    from sdworker.engine.types import Engine, SamplingParams
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #1521a3aa
 def naive_with_ledger() -> str:  # Python
@@ -110,19 +110,19 @@ def plot_starts(
 def per_image(
     ours: "Engine",
     theirs: "Engine",
-    shape: "Shape",
+    params: "SamplingParams",
     batches: tuple[int, ...] = (1, 4),  # images in one call
     repeat: int = 5,  # turns
 ) -> dict[str, Any]:  # by batch what `compare` says, seconds of a whole batch
     "Time the denoising loops of two engines in turn."
-    from sdworker.engine.types import Shot
+    from sdworker.engine.types import ImageSpec
 
     found = {}
     for batch in batches:
-        shots = [Shot("a large red star on a blue background", seed) for seed in range(batch)]
-        given = [engine.encode(shots, shape) for engine in (ours, theirs)]
-        found[str(batch)] = compare(lambda: ours.denoise(given[0], shots, shape).cpu(),  # noqa: B023
-                                    lambda: theirs.denoise(given[1], shots, shape).cpu(), repeat)  # noqa: B023
+        specs = [ImageSpec("a large red star on a blue background", seed) for seed in range(batch)]
+        given = [engine.encode(specs, params) for engine in (ours, theirs)]
+        found[str(batch)] = compare(lambda: ours.denoise(given[0], specs, params).cpu(),  # noqa: B023
+                                    lambda: theirs.denoise(given[1], specs, params).cpu(), repeat)  # noqa: B023
     return found
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #fd7d24b6
@@ -270,17 +270,17 @@ def against_pipeline(
 
     from sdworker.aot.engine import CapsuleEngine
     from sdworker.engine.diffusers_pipeline import PipelineEngine
-    from sdworker.engine.types import Shape, Shot
+    from sdworker.engine.types import ImageSpec, SamplingParams
 
-    card, shape, shots = read_card(model), Shape(side, side, steps, 3.0), [Shot("a star", 1)]
+    card, params, specs = read_card(model), SamplingParams(side, side, steps, 3.0), [ImageSpec("a star", 1)]
     ours, compiled = CapsuleEngine(card, capsule, device), {}
     pipeline = PipelineEngine(card, device, ours.dtype)
     if compiler:
         pipeline.pipe.unet = torch.compile(pipeline.pipe.unet, backend=compiler, dynamic=False)
         begin = time.perf_counter()
-        pipeline.denoise(pipeline.encode(shots, shape), shots, shape).cpu()
+        pipeline.denoise(pipeline.encode(specs, params), specs, params).cpu()
         compiled = {"backend": compiler, "first_call": time.perf_counter() - begin}
-    return compiled | {"images": per_image(ours, pipeline, shape, batches, repeat)}
+    return compiled | {"images": per_image(ours, pipeline, params, batches, repeat)}
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #67b85848
 def main(
@@ -317,12 +317,12 @@ def _embedded(scratch: Path, repeat: int, tell: Callable[[int, int, str], None])
                               tell=lambda: tell(next(done), 3 * repeat, "starting workers"))
     from sdworker.aot.engine import CapsuleEngine
     from sdworker.engine.diffusers_pipeline import PipelineEngine
-    from sdworker.engine.types import Shape
+    from sdworker.engine.types import SamplingParams
 
     card, drawn = read_card(EMBEDDED, "embedded"), 0
     capsule, pipeline = CapsuleEngine(card, folder), PipelineEngine(card)
     tell(0, 1, "timing images")
-    report["images"] = {f"{side}x{side}": per_image(capsule, pipeline, Shape(side, side, 20, 3.0), repeat=9)
+    report["images"] = {f"{side}x{side}": per_image(capsule, pipeline, SamplingParams(side, side, 20, 3.0), repeat=9)
                         for side in (64, 128)}
 
     def more(pictures: int) -> None:

@@ -44,8 +44,8 @@ def here(
     seconds = prepare(engine) if mode in COMPILED else 0.0
     if mode == "regional":
         fill_cache(engine, 1)  # for "cached"
-    if getattr(engine, "instead", ""):
-        raise RuntimeError(engine.instead)
+    if getattr(engine, "warnings", []):
+        raise RuntimeError(" ".join(engine.warnings))
     return {"prepare": seconds, "image": timed(lambda: generate(engine, PROMPT, seed=7), repeat)["median"]}
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #b8e8e00a

@@ -193,7 +193,7 @@ def measure_way(
 ) -> dict[str, Any]:  # seconds: "load", "first", "image" (summary), "step", "decode", "encode"; "dB"; "peak" (bytes)
     "Measure one way in this process."
     from sdworker.engine.generate import generate
-    from sdworker.engine.types import Shape, Shot
+    from sdworker.engine.types import ImageSpec, SamplingParams
 
     model, request = sdxl_folder(setup), image_request(setup.dry)
     turns, begun = 1 if setup.dry else 5, time.perf_counter()
@@ -204,13 +204,13 @@ def measure_way(
         picture = generate(engine, PROMPT, **request).pictures[0].image
         result["first"] = time.perf_counter() - begun
         result |= _peak(setup, partial(timed, lambda: generate(engine, PROMPT, **request), turns))
-        shots, shape = [Shot(PROMPT, request["seed"])], Shape(*list(request.values())[:4])
-        encoded = engine.encode(shots, shape)
-        latents = engine.denoise(encoded, shots, shape)
+        specs, params = [ImageSpec(PROMPT, request["seed"])], SamplingParams(*list(request.values())[:4])
+        encoded = engine.encode(specs, params)
+        latents = engine.denoise(encoded, specs, params)
         seconds = partial(device_seconds, turns=turns, device=setup.device)
-        result["step"] = seconds(lambda: engine.denoise(encoded, shots, shape)) / shape.steps
+        result["step"] = seconds(lambda: engine.denoise(encoded, specs, params)) / params.steps
         result["decode"] = seconds(lambda: engine.decode(latents))
-        result["encode"] = seconds(lambda: engine.encode(shots, shape))
+        result["encode"] = seconds(lambda: engine.encode(specs, params))
     return result | {"dB": against_eager(setup, way, latents.float().cpu().numpy(), picture)}
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00032

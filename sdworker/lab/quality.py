@@ -145,12 +145,12 @@ def switched(
             raise ModelError(reason or "nobody has made one; `sdworker bake --capsule` does.")
         return CapsuleEngine(card, folder, device)
     engine = pipeline_for(chosen, card, device, dtype)
-    if chosen.compile != "off" and not engine.instead:
+    if chosen.compile != "off" and not engine.warnings:
         from sdworker.engine.torch_compile import prepare
 
         prepare(engine, (1, 4, 10))  # images in one call, of the benchmark and of the gate
-    if engine.instead:
-        raise ModelError(engine.instead)
+    if engine.warnings:
+        raise ModelError(" ".join(engine.warnings))
     return engine
 
 # %% ../../nbs/8_lab/01_quality.ipynb #c9c6b746

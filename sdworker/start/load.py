@@ -153,7 +153,7 @@ def _load(chosen: Settings) -> "Engine":
         engine, reason = _aot_engine(chosen, card, device, dtype)
     if not engine:
         engine = _pipeline(card, device, dtype)
-        engine.instead = f"{reason} {engine.instead}".strip()
+        engine.warnings[:0] = [reason] * bool(reason)
     LEDGER.lap("weights")
     return engine
 
