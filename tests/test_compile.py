@@ -59,7 +59,7 @@ COUNTED = """
 import sdworker.serve.handler, sdworker.start.load
 draw = sdworker.serve.handler._draw
 
-def counted(**arguments):
+def counted(*arguments):
     import torch
     calls = []
     def count(call):
@@ -68,7 +68,7 @@ def counted(**arguments):
         if module._compiled_call_impl:
             module._compiled_call_impl = count(module._compiled_call_impl)
     torch.compiler.set_stance("fail_on_recompile")  # nor may a call fall back on plain code
-    drawn = draw(**arguments)
+    drawn = draw(*arguments)
     print("calls of compiled code:", len(calls), flush=True)
     return drawn
 sdworker.serve.handler._draw = counted

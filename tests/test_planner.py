@@ -61,7 +61,8 @@ def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
         template = engine.pipe.prompt_template_encode.format(PLUS if plus else "")
         there = len(engine.pipe.tokenizer(template).input_ids) - 1 + (14 * 14 if plus else PICTURE_TOKENS)
         words, picture = "a" * (64 + 512 + PICTURE_TOKENS - there), Image.new("RGB", (1024, 1024))
-    generate(engine, words, words, 64, 64, 1, 3.0, seed=1, n=batch, image=picture)
+    generate(engine, words, negative_prompt=words, width=64, height=64, steps=1, guidance=3.0, seed=1, n=batch,
+             image=picture)
     computed = activations(meta_components(card, dtype), Way(batch), 64, 64, edits=edits)
     assert computed.keys() == moments.keys()
     for name, at_work in moments.items():

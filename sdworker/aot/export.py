@@ -208,7 +208,7 @@ def prove(
     request = {"width": least + unit, "height": least, "steps": 4, "seed": 1, "n": 2}
     worst = 99.0  # equal pictures are infinitely close, which JSON cannot say
     for sampler in ["" if key == f"{OWN} rows" else key.split()[0] for key in engine.tables if key.endswith(" rows")]:
-        drawn = [generate(which, _TEXTS[1], sampler=sampler, **request).pictures for which in (engine, pipe)]
+        drawn = [generate(which, _TEXTS[1], sampler=sampler or None, **request).pictures for which in (engine, pipe)]
         worst = min(worst, *(psnr(ours.image, theirs.image) for ours, theirs in zip(*drawn, strict=True)))
         if any(not np.ptp(one.image, (0, 1)).any() for pictures in drawn for one in pictures):
             raise ModelError("both engines draw nothing but one colour, so nothing is known of the compiled code; try "

@@ -19,7 +19,7 @@ import typer
 
 from .reports import app as reports
 from .reports import bar, plain_errors
-from ..serve.request import Request, advice, parse_request
+from ..serve.request import JobRequest, advice, parse_request
 from ..core.settings import SettingsError, settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -28,12 +28,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(reports)  # its commands become commands of this one
 
 # %% ../../nbs/9_cli/02_main.ipynb #63ffc822
-def _write(drawn, out: Path, request: Request) -> list[dict]:  # path, prompt, seed and seconds of each picture
-    "Save pictures under names that tell place and seed."
+def _write(drawn, out: Path, request: JobRequest) -> list[dict]:  # path, prompt, seed and seconds of each picture
+    "Save pictures under names with their number and seed."
     from sdworker.serve.image_io import save
 
-    kind = request.image_format or "png"
-    return [{"path": str(save(picture.image, out / f"{k:02d}-seed-{picture.seed}.{kind}", request.image_quality)),
+    name = "{:02d}-seed-{}." + request.output["kind"]
+    return [{"path": str(save(picture.image, out / name.format(k, picture.seed), **request.output)),
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
 
@@ -53,10 +53,10 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Picture to begin from, or to edit.")] = None,
     mask: Annotated[Path | None, typer.Option(help="What of it to draw anew: the white part of this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far from it; default: 0.6, with a mask 1.")] = None,
-    form: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
+    image_format: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
     quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
-    endpoint: Annotated[str, typer.Option(help="Have it drawn there: an id, or a local API's address.")] = "",
+    endpoint: Annotated[str, typer.Option(help="Draw there: an id, or a local API's address.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Draw pictures and write them as files, here or on an endpoint; its key comes from RUNPOD_API_KEY.
@@ -69,57 +69,57 @@ def generate(
 
         sdworker generate "a lighthouse" --endpoint 4m7x2k9q
     """
-    asked = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "num_images": n,
-             "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "strength": strength,
-             "guidance_end": guidance_end, "scheduler": scheduler, "image_format": form, "image_quality": quality}
+    payload = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "num_images": n,
+               "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "strength": strength,
+               "guidance_end": guidance_end, "scheduler": scheduler, "image_format": image_format,
+               "image_quality": quality}
     shown = not as_json and sys.stderr.isatty()
     with plain_errors():
-        asked |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
-        report = _have_drawn(endpoint, asked, out, shown) if endpoint else _generate(asked, out, shown)
+        payload |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
+        report = _remote(endpoint, payload, out, shown) if endpoint else _local(payload, out, shown)
     typer.echo(json.dumps(report)) if as_json else _show(report)
 
 # %% ../../nbs/9_cli/02_main.ipynb #4b989d65
 def _read(path: Path) -> str:
-    "A file as a request carries it, or `SettingsError`."
+    "Return a file's base64 for a request; raises `SettingsError`."
     try:
         return base64.b64encode(path.read_bytes()).decode("ascii")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read ({error.strerror}); name a PNG, JPEG or WebP picture.") from None
 
 def _show(report: dict) -> None:
-    "Say where the pictures are."
+    "Print where the pictures are."
     for image in report["images"]:
         typer.echo(f"{image['path']}  seed {image['seed']}  {image['seconds']:.2f} s")
     for warning in report["warnings"]:
         typer.echo(f"sdworker: {warning}", err=True)
 
-def _generate(asked: dict, out: Path, shown: bool) -> dict:
-    "Check, load, draw, write."
-    from sdworker.serve.image_io import pictures_of
+def _local(payload: dict, out: Path, shown: bool) -> dict:
+    "Check, load, draw and write here; shown: with a progress bar."
+    from sdworker.engine.types import prepare
     from sdworker.start.load import initialize_model, model_card
 
     card, chosen = model_card(), settings()
-    request = parse_request(asked, card, chosen)
-    brought = pictures_of(request)
+    request = parse_request(payload, card, chosen.model_copy(update={"max_images": sys.maxsize}))
     out.mkdir(parents=True, exist_ok=True)  # a name that cannot be a folder is found out before the work, not after
     with bar(shown, "drawing") as on_step:
         engine = initialize_model()
-        from sdworker.engine.generate import generate as draw
+        from sdworker.engine.generate import draw
 
-        drawn = draw(engine, **request.arguments(), **brought, max_batch=chosen.max_batch, on_step=on_step)
+        drawn = draw(engine, *prepare(request, engine.card), chosen.max_batch, on_step)
     return {"images": _write(drawn, out, request), "timings": drawn.timings.rounded(),
             "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
 
 # %% ../../nbs/9_cli/02_main.ipynb #055913cb
-def _have_drawn(endpoint: str, asked: dict, out: Path, shown: bool) -> dict:
-    "Ask an endpoint, wait, write; a job that nobody waits for any more is taken back."
+def _remote(endpoint: str, payload: dict, out: Path, shown: bool) -> dict:
+    "Send a job to an endpoint, wait and write; an interrupted wait cancels the job."
     from rich.console import Console
 
     from sdworker.operate.client import Client, ClientError
 
     out.mkdir(parents=True, exist_ok=True)
     with plain_errors(ClientError), Client(endpoint) as client, Console(stderr=True, quiet=not shown).status("queued"):
-        job = client.run({name: value for name, value in asked.items() if value not in (None, "")})
+        job = client.run({name: value for name, value in payload.items() if value not in (None, "")})
         try:
             job = client.wait(job.id)
         except KeyboardInterrupt:
@@ -128,22 +128,22 @@ def _have_drawn(endpoint: str, asked: dict, out: Path, shown: bool) -> dict:
         if job.error or job.status != "COMPLETED":
             raise ClientError(job.error or f"job {job.id} is {job.status}.")
         paths, took = job.save(out), job.output["timings"]["total"] / len(job.output["images"])
-    prompts = [prompt for prompt in asked["prompt"] for _ in range(asked["num_images"])]
+    prompts = [prompt for prompt in payload["prompt"] for _ in range(payload["num_images"])]
     images = [{"path": str(path), "prompt": prompt, "seed": seed, "seconds": round(took, 3)}
               for path, prompt, seed in zip(paths, prompts, job.output["seeds"], strict=True)]
     return {"images": images} | {name: job.output[name] for name in ("timings", "warnings", "model")}
 
 # %% ../../nbs/9_cli/02_main.ipynb #028c01ae
 @contextmanager
-def _of_bytes(shown: bool, doing: str):
-    "A progress bar, or lines where there is no terminal; yields what to call with bytes done and bytes in all."
+def _of_bytes(shown: bool, label: str):
+    "A progress bar, or lines where there is no terminal; yields a callback for bytes done and bytes in all."
     from sdworker.build.bake import log_every_tenth
 
     if sys.stderr.isatty():
-        with bar(shown, doing, of_bytes=True) as on_bytes:
+        with bar(shown, label, of_bytes=True) as on_bytes:
             yield on_bytes
     else:
-        yield log_every_tenth(lambda line: typer.echo(line, err=True), doing) if shown else lambda done, total: None
+        yield log_every_tenth(lambda line: typer.echo(line, err=True), label) if shown else lambda done, total: None
 
 # %% ../../nbs/9_cli/02_main.ipynb #ebabd03b
 @app.command()
@@ -180,22 +180,22 @@ def bake(
         raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
                                  "compiles the model of the settings.", param_hint="MODEL")
     report = _baked(model, to, revision, variant, extras, fuse_loras, not as_json) if model else {}
-    for name, wanted, make in (("capsule", capsule, _capsule), ("compile_cache", compile_cache, _compile)):
-        if wanted:
-            report[name] = make(to, report.get("repository"), device, told=not as_json)
+    for name, requested, make in (("capsule", capsule, _capsule), ("compile_cache", compile_cache, _compile)):
+        if requested:
+            report[name] = make(to, report.get("repository"), device, shown=not as_json)
     if as_json:
         typer.echo(json.dumps(report))
 
 # %% ../../nbs/9_cli/02_main.ipynb #a5818162
 def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str | None, scale: float | None,
-           told: bool) -> dict:
-    "Bake a model, fuse its LoRAs at a scale if there is one, and print what was made; the manifest."
+           shown: bool) -> dict:
+    "Bake a model, fuse its LoRAs at a scale if there is one, and print a summary; returns the manifest."
     from sdworker.build.bake import bake
 
     try:
-        with plain_errors(), _of_bytes(told, "fetched") as on_progress:
-            wanted = settings().extras if extras is None else extras
-            manifest = bake(model, to, revision, variant, wanted, on_progress)
+        with plain_errors(), _of_bytes(shown, "fetched") as on_progress:
+            extras = settings().extras if extras is None else extras
+            manifest = bake(model, to, revision, variant, extras, on_progress)
     except KeyboardInterrupt:
         typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
         os._exit(130)  # at once: a download that hangs would be waited for
@@ -204,7 +204,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
             from sdworker.engine.lora_refiner import fuse_loras
 
             manifest = fuse_loras(to, scale)
-    if told:
+    if shown:
         typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: "
                    f"{manifest['license'] or 'not stated'}): {len(manifest['files'])} files, "
                    f"{manifest['bytes'] / 1e9:.2f} GB in {to}" + (
@@ -212,26 +212,27 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
     return manifest
 
 # %% ../../nbs/9_cli/02_main.ipynb #dbd74e5e
-def _capsule(model: Path | None, name: str | None, device: str | None, told: bool) -> dict:
-    "Compile a model; its capsule's folder, worst picture and size."
+def _capsule(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
+    "Compile a model; returns its capsule's folder, size in bytes and lowest PSNR in dB."
     from sdworker.build.cache_dirs import capsule_places, usable_caches
     from sdworker.core.model_info import read_json
 
-    with plain_errors(), _of_steps(told) as tell:
+    with plain_errors(), _of_steps(shown) as on_progress:
         for moved in usable_caches():
             typer.echo(f"sdworker: {moved}", err=True)
         from sdworker.aot.export import make_capsule
 
-        chosen, card, where = _what(model, name, device)
-        folder = make_capsule(card, capsule_places(chosen)[0], *where, chosen.quantize, tell)
+        chosen, card, place = _to_compile(model, name, device)
+        folder = make_capsule(card, capsule_places(chosen)[0], *place, chosen.quantize, on_progress)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        found = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
-    if told:
-        typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, {found['psnr']:.0f} dB from the pipeline at worst")
-    return found
+        report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
+    if shown:
+        typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, "
+                   f"{report['psnr']:.0f} dB from the pipeline at worst")
+    return report
 
-def _what(model: Path | None, name: str | None, device: str | None):
-    "What is to be compiled: the settings, the model's card, its device and number format."
+def _to_compile(model: Path | None, name: str | None, device: str | None):
+    "Return the settings, the model's card, and its device and number format."
     from sdworker.build.locate import resolve
     from sdworker.core.model_info import read_card
     from sdworker.engine.few_step import with_preset
@@ -243,27 +244,27 @@ def _what(model: Path | None, name: str | None, device: str | None):
     return chosen, card, place(chosen, card.family.half)
 
 # %% ../../nbs/9_cli/02_main.ipynb #566396a4
-def _compile(model: Path | None, name: str | None, device: str | None, told: bool) -> str:
-    "Fill the compiler's cache for later starts; its folder."
-    with plain_errors(), bar(told and sys.stderr.isatty(), "compiling"):
+def _compile(model: Path | None, name: str | None, device: str | None, shown: bool) -> str:
+    "Fill the compiler's cache for later starts; returns its folder."
+    with plain_errors(), bar(shown and sys.stderr.isatty(), "compiling"):
         from sdworker.engine.build_pipeline import defaults, pipeline_for
         from sdworker.engine.torch_compile import fill_cache
 
-        chosen, card, where = _what(model, name, device)
-        most = chosen.max_batch
-        folder = fill_cache(pipeline_for(defaults(compile="regional", max_batch=most), card, *where), most)
-    if told:
+        chosen, card, place = _to_compile(model, name, device)
+        folder = fill_cache(
+            pipeline_for(defaults(compile="regional", max_batch=chosen.max_batch), card, *place), chosen.max_batch)
+    if shown:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE=cached")
     return str(folder)
 
 @contextmanager
 def _of_steps(shown: bool):
-    "A progress bar, or lines where there is no terminal; yields what to call with what is done, of how much, and what."
+    "A progress bar, or lines where there is no terminal; yields a callback for steps done, steps in all and a label."
     if sys.stderr.isatty():
-        with bar(shown, "loading") as tell:
-            yield tell
+        with bar(shown, "loading") as on_progress:
+            yield on_progress
     else:
-        yield lambda done, total, doing: shown and typer.echo(f"{done} of {total}: {doing}", err=True)
+        yield lambda done, total, label: shown and typer.echo(f"{done} of {total}: {label}", err=True)
 
 # %% ../../nbs/9_cli/02_main.ipynb #344075ed
 @app.command()
@@ -294,7 +295,7 @@ def verify(
 
 # %% ../../nbs/9_cli/02_main.ipynb #fbdee093
 def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
-    "What `verify` says of a folder, or of the model of the settings."
+    "Verify a folder, or the model of the settings."
     from sdworker.build.cache_dirs import usable_caches
     from sdworker.build.locate import find
     from sdworker.build.manifest import MANIFEST, verify
@@ -302,12 +303,12 @@ def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
     if folder:
         return verify(folder, quick, on_progress)
     usable_caches()  # as the worker does, so that both look in the same places
-    look = find(settings())
-    if not look:
+    location = find(settings())
+    if not location:
         return {"folder": None, "quick": quick}
-    if quick and not (look.folder / MANIFEST).exists():  # `find` has looked; there is nothing else to hold it against
-        return {"folder": str(look.folder), "quick": True}
-    return verify(look.folder, quick, on_progress)
+    if quick and not (location.folder / MANIFEST).exists():  # `find` has checked the files
+        return {"folder": str(location.folder), "quick": True}
+    return verify(location.folder, quick, on_progress)
 
 # %% ../../nbs/9_cli/02_main.ipynb #b37ca383
 @app.command()

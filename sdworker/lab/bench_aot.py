@@ -146,7 +146,7 @@ def same_pictures(
     agree = total = 0
     for (width, height), sampler, some in filter(lambda task: task[2], tasks):
         prompts, seeds = zip(*some, strict=True)
-        drawn = [generate(engine, prompts, seed=seeds, width=width, height=height, sampler=sampler).pictures
+        drawn = [generate(engine, prompts, seed=seeds, width=width, height=height, sampler=sampler or None).pictures
                  for engine in (ours, theirs)]
         for one, other in zip(*drawn, strict=True):
             distance = min(psnr(one.image, other.image), 99.0)  # equal ones have no finite distance

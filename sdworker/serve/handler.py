@@ -15,13 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..build.cache_dirs import usable_caches
 from ..core.checkpoint_files import numbers, weight_files
-from ..core.model_info import ModelError, Unsuited, fit
+from ..core.model_info import ModelError, Unsuited
 from ..core.settings import SettingsError, settings
-from .image_io import data_uri, pictures_of
+from ..engine.types import Drawn, Engine, OnPicture, Request, prepare
+from .image_io import data_uri
 from .monitor import note, open_nvml, set_up_log
 from .request import RequestError, advice, parse_request
 from .start_checks import checks_at_start
@@ -37,40 +38,31 @@ from sdworker.start.load import (
 from ..start.prefetch import prefetch
 from ..start.timeline import LEDGER
 
-if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
-    from sdworker.engine.types import Drawn, Engine
-
 log = logging.getLogger("sdworker")
 
 # %% ../../nbs/5_serve/08_handler.ipynb #cb7bcab5
-def _draw(**arguments: Any) -> "tuple[Engine, Drawn]":
-    "Load, if nothing has, and draw; for the engine's thread."
+def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> tuple[Engine, Drawn]:
+    "Draw in the engine's thread, which loads the model if that has not been done."
     engine = initialize_model()
     LEDGER.lap("wait for a job")
-    from sdworker.engine.generate import generate
+    from sdworker.engine.generate import draw
 
-    return engine, generate(engine, **arguments)
+    params, specs = prepare(request, engine.card)
+    return engine, draw(engine, params, specs, max_batch, on_picture=on_picture)
 
 def respond(
-    given: Any,  # the job's "input"
+    payload: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
     "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
-    card, chosen = model_card(), settings()
-    request = parse_request(given, card, chosen)
-    brought = pictures_of(request)
-    if (image := brought.get("image")) and not (request.width and request.height):
-        width, height = fit(image.size, card.side, card.multiple)
-        if max(width, height) > chosen.max_side:
-            raise RequestError(f"image is {image.width}x{image.height}, of which {width}x{height} would be drawn: "
-                               f"should be at most {chosen.max_side} wide and high; give width and height.")
-    form, coded = (request.image_format or "png", request.image_quality), []
+    card, limits = model_card(), settings()
+    request, encoded = parse_request(payload, card, limits), []
     with ThreadPoolExecutor(2, "encode") as pool:
         engine, drawn = ENGINE_THREAD.submit(partial(
-            _draw, **request.arguments(), **brought, max_batch=chosen.max_batch,
-            on_picture=lambda picture: coded.append(pool.submit(data_uri, picture.image, *form)))).result()
+            _draw, request, limits.max_batch,
+            lambda picture: encoded.append(pool.submit(data_uri, picture.image, **request.output)))).result()
         LEDGER.lap("first image")
-        with drawn.timings.stage("encode_image"):  # what is left of it when all is drawn
-            images = [one.result() for one in coded]
+        with drawn.timings.stage("encode_image"):  # the part that is left when all is drawn
+            images = [future.result() for future in encoded]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:
@@ -83,7 +75,7 @@ def respond(
 def failure(
     error: Exception,  # from `respond`
 ) -> tuple[str, dict[str, Any]]:  # the outcome, "refused" or "failed", and the answer
-    "What a job is answered that could not be drawn."
+    "Return the answer to a job that could not be drawn."
     if isinstance(error, RequestError | Unsuited):
         return "refused", {"error": str(error)}
     if isinstance(error, SettingsError) or getattr(error, "lasting", False):
@@ -95,7 +87,7 @@ def failure(
 
 # %% ../../nbs/5_serve/08_handler.ipynb #fa110003
 def handler(
-    job: dict[str, Any],  # as the SDK gives it: "id" and "input"
+    job: dict[str, Any],  # the SDK's: "id" and "input"
 ) -> dict[str, Any]:  # the response, or {"error": text}
     "Answer one job; never raises."
     start, job = time.perf_counter(), job if isinstance(job, dict) else {}
@@ -114,7 +106,7 @@ def handler(
     return answer
 
 def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Exception | None = None) -> None:
-    "Write what became of a job into the log, and count it; never raises."
+    "Log a job's outcome and count it; never raises."
     try:
         name = str(job.get("id", "local"))
         if error is None:
@@ -130,10 +122,10 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
 
 # %% ../../nbs/5_serve/08_handler.ipynb #fa110008
 def _ending(
-    options: dict[str, Any],  # the SDK's; under a queue it looks at them after each job, and takes no more
-    end: Callable[[], None] = lambda: None,  # beside that
+    options: dict[str, Any],  # the SDK's; in a queue worker it reads them after each job
+    end: Callable[[], None] = lambda: None,  # called as well
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    "The handler, in a worker that ends after an answer that asks for it."
+    "Wrap the handler: after an answer with `refresh_worker`, the worker ends."
     def answer(job: dict[str, Any]) -> dict[str, Any]:
         response = handler(job)
         if response.get("refresh_worker"):
@@ -148,22 +140,22 @@ def _load_first() -> None:
     ENGINE_THREAD.submit(partial(initialize_model, warm=True)).result()
 
 def _load_in_background() -> None:
-    "Begin to load the model; what is to be compiled is waited for, so that no job is taken meanwhile."
+    "Begin to load the model. Wait if something is to be compiled, so that no job is taken meanwhile."
     loading = begin_loading()
     if settings().compile != "off":
         loading.result()
 
 def _queue_options() -> dict[str, Any]:
-    "What the SDK is given beside the handler in production."
-    begin = {"background": _load_in_background, "eager": _load_first, "lazy": lambda: None}
-    begun, options = [], {}
+    "The SDK's options in production."
+    load = {"background": _load_in_background, "eager": _load_first, "lazy": lambda: None}
+    started, options = [], {}
 
     def concurrency(now: int) -> int:
-        "Leave the concurrency as it is; the first call is the moment after the fork."
-        if not begun:
+        "Return the concurrency unchanged. The SDK first calls this right after it has forked its heartbeat."
+        if not started:
             LEDGER.lap("SDK start")
             open_nvml()
-            begun.append(begin[settings().load]())
+            started.append(load[settings().load]())
         return now
     options |= {"handler": _ending(options), "concurrency_modifier": concurrency}
     return options
@@ -185,14 +177,14 @@ def _look_ahead(queue: bool) -> int:
 
 # %% ../../nbs/5_serve/08_handler.ipynb #6ae0a37c
 def _run(arguments: list[str], queue: bool = False) -> None:
-    "Hand over to the SDK with these arguments of its own."
+    "Start the SDK with these command-line arguments."
     chosen = settings()
     set_up_log(chosen.log)
     for moved in usable_caches():
         log.warning(moved)
     weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
-    smaller = chosen.quantize != "off" or chosen.offload != "none"  # by how much only the load will show
-    check = checks_at_start(chosen, 0 if smaller else weights, log.warning) if queue else None
+    shrinks = chosen.quantize != "off" or chosen.offload != "none"  # by how much is known after the load
+    check = checks_at_start(chosen, 0 if shrinks else weights, log.warning) if queue else None
     LEDGER.lap("worker")
     if chosen.load == "eager" and not queue:
         _load_first()
@@ -211,7 +203,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     sys.argv = [sys.argv[0], *arguments]
     try:
         sdk.serverless.start(options)
-    except SystemExit:  # what the SDK makes of the signal that ends its local API
+    except SystemExit:  # which the SDK raises on the signal that ends its local API
         if not options.get("refresh_worker"):
             raise
     if options.get("refresh_worker"):
