@@ -285,6 +285,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sdworker/core/checkpoint_files.py'),
                                                 'sdworker.core.checkpoint_files._missing': ( '0_core/checkpoint_files.html#_missing',
                                                                                              'sdworker/core/checkpoint_files.py'),
+                                                'sdworker.core.checkpoint_files._read_header': ( '0_core/checkpoint_files.html#_read_header',
+                                                                                                 'sdworker/core/checkpoint_files.py'),
                                                 'sdworker.core.checkpoint_files._small_files': ( '0_core/checkpoint_files.html#_small_files',
                                                                                                  'sdworker/core/checkpoint_files.py'),
                                                 'sdworker.core.checkpoint_files._weights_of': ( '0_core/checkpoint_files.html#_weights_of',

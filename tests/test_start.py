@@ -1,11 +1,13 @@
 """Starts that cannot succeed, or not yet: one clear sentence, at the queue and in the log, and never a hang."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from sdworker.core.checkpoint_files import weight_files
 from sdworker.core.model_info import EMBEDDED
 from sdworker.lab.queue_server import Shift, work
 
@@ -49,6 +51,34 @@ sdworker.serve.handler._look_ahead = cut_after
 from sdworker.cli.main import app
 app(["start"])
 """
+
+
+COUNT = """
+import collections, sys
+reads = collections.Counter()
+def count(event, args):
+    if event == "open" and str(args[0]).endswith(".safetensors"):
+        reads[args[0]] += 1
+sys.addaudithook(count)
+import sdworker.serve.handler
+answer = sdworker.serve.handler.respond
+def respond(payload):
+    print("headers read:", sorted(reads.values()), flush=True)
+    return answer(payload)
+sdworker.serve.handler.respond = respond
+from sdworker.cli.main import app
+app(["start"])
+"""
+
+
+def test_a_start_reads_the_header_of_each_weight_file_once(model):
+    for path in model.rglob("*.safetensors"):
+        os.utime(path, (0, 0))  # not just written, as a model is
+    files = len(weight_files(model))
+    shift = started(model, [sys.executable, "-c", COUNT])
+    assert "error" not in shift.answers["second"], shift.answers
+    counts = [line.partition("headers read: ")[2] for line in shift.log.splitlines() if "headers read: " in line]
+    assert counts[-1] == str([1] * files), "checked, counted and loaded, for all jobs"
 
 
 def test_a_file_that_is_cut_after_the_first_look_is_named_and_ends_the_worker(model):

@@ -9,7 +9,9 @@ __all__ = ['has_weights', 'components', 'stays_inside', 'weight_files', 'header_
 # %% ../../nbs/0_core/05_checkpoint_files.ipynb #37b98dcb
 import json
 import os
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -74,24 +76,31 @@ def weight_files(
 # %% ../../nbs/0_core/05_checkpoint_files.ipynb #9c0f1061
 def header_of(
     path: Path,  # safetensors
-) -> tuple[int, dict]:  # bytes before the data, and the header's JSON
-    "Where a safetensors file's data begins, and its header; or `ModelError`."
+) -> tuple[int, dict]:  # bytes before the data, and the header's JSON; not to be changed
+    "Where a safetensors file's data begins, and its header; read once while the file stays as it is. Or `ModelError`."
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= 100 * 2**20:  # the format's own limit
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                prod(entry["shape"]), entry["data_offsets"][1]  # what its readers rely on
-            return 8 + length, header
+        stat = path.stat()
+        recent = time.time() - stat.st_mtime < 1  # another change may have the same time stamp
+        read = _read_header.__wrapped__ if recent else _read_header
+        return read(path, stat.st_size, stat.st_mtime_ns)
     except FileNotFoundError:
         raise _missing(path) from None
     except OSError as error:  # of a volume, say; it may pass
         raise ModelError(f"{path} cannot be read ({error}); see that its volume is mounted.") from None
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise ModelError(f"{path} is no safetensors file ({error}); fetch the model again.", lasting=True) from None
+
+@lru_cache(maxsize=256)
+def _read_header(path: Path, size: int, modified: int) -> tuple[int, dict]:
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= 100 * 2**20:  # the format's own limit
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        prod(entry["shape"]), entry["data_offsets"][1]  # what its readers rely on
+    return 8 + length, header
 
 def check_length(
     path: Path,  # safetensors
