@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 # %% ../../nbs/9_cli/01_reports.ipynb #22a456b2
 @contextmanager
 def plain_errors(
-    *more: type[Exception],  # beside those that every command may meet
+    *more: type[Exception],  # in addition to those of every command
 ) -> Iterator[None]:
     "Turn the errors that are the user's into one line on stderr and exit code 1."
     try:
@@ -46,10 +46,10 @@ def plain_errors(
 @contextmanager
 def bar(
     shown: bool,
-    doing: str,  # what is done
+    label: str,
     of_bytes: bool = False,  # else steps
 ):
-    "A progress bar on stderr; yields what to call with steps done and steps in all, or bytes."
+    "A progress bar on stderr; yields a callback for steps or bytes done and in all."
     from rich import progress as rich
     from rich.console import Console
 
@@ -57,7 +57,7 @@ def bar(
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amounts, rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
         task = progress.add_task("loading", total=None)
-        yield lambda done, total, now=doing: progress.update(task, description=now, completed=done, total=total)
+        yield lambda done, total, now=label: progress.update(task, description=now, completed=done, total=total)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #0dc9dec8
 @app.command()
@@ -179,8 +179,8 @@ def plan(
     seconds: Annotated[float | None, typer.Option(help="That one takes, on average; else estimated for --gpu.")] = None,
     swing: Annotated[float, typer.Option(min=0, max=1, help="Of the daily rate around its mean.")] = 0.5,
     burst: Annotated[int, typer.Option(min=1, help="Requests that come together.")] = 1,
-    least: Annotated[int, typer.Option("--min", help="Workers that are always there.")] = 1,
-    most: Annotated[int, typer.Option("--max", help="Workers at once.")] = 3,
+    min_workers: Annotated[int, typer.Option("--min", help="Workers that are always there.")] = 1,
+    max_workers: Annotated[int, typer.Option("--max", help="Workers at once.")] = 3,
     idle: Annotated[float, typer.Option(help="Seconds that a worker waits for more.")] = 5,
     cold: Annotated[float, typer.Option(help="Seconds of a cold start.")] = 15,
     flashboot: Annotated[float, typer.Option(help="Share of starts that it shortens: yours to assume.")] = 0,
@@ -204,17 +204,17 @@ def plan(
     from sdworker.operate import plan as lab
 
     with plain_errors(lab.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
-        base = lab.Endpoint(least, most, idle, delay, count, cold, flashboot=flashboot,
+        base = lab.Endpoint(min_workers, max_workers, idle, delay, count, cold, flashboot=flashboot,
                             price=lab.price_of(gpu), discount=discount)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
-        found = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
+        study = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
     if plot:
-        lab.plot(found, plot)
-    _show_plan(found | {"estimate": estimate}, as_json)
+        lab.plot(study, plot)
+    _show_plan(study | {"estimate": estimate}, as_json)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
 def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **more) -> tuple:
-    "The requests, and how long an image takes on a GPU if that had to be estimated."
+    "Return the requests, and the estimate of an image's seconds where none are given."
     from sdworker.operate import plan as lab
 
     if trace:
@@ -225,33 +225,33 @@ def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **m
     return lab.poisson(a_day, (low + high) / 2, **more), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../../nbs/9_cli/01_reports.ipynb #ec0c8a85
-def _show_plan(found: dict, as_json: bool) -> None:
+def _show_plan(study: dict, as_json: bool) -> None:
     "Print a study as a table, or as JSON."
     from rich.console import Console
     from rich.table import Table
 
     if as_json:
-        return typer.echo(json.dumps(found))
+        return typer.echo(json.dumps(study))
     names = {"min": "min", "max": "max", "idle": "idle s", "wait_p50": "wait p50", "wait_p95": "p95",
              "wait_p99": "p99", "latency_p95": "answer p95", "cold": "cold", "cost_day": "$ a day",
              "cost_image": "$ image"}
     table = Table("", *names.values(), box=None)
-    rows = [("as asked", found["setting"]), *[("", one) for one in found["front"] if one != found["setting"]]]
-    for what, one in rows:
-        mark = "recommended" if one == found["recommendation"] else what
+    rows = [("as asked", study["setting"]), *[("", one) for one in study["front"] if one != study["setting"]]]
+    for label, one in rows:
+        mark = "recommended" if one == study["recommendation"] else label
         table.add_row(mark, *[f"{one[name]:.0%}" if name == "cold" else f"{one[name]:.4f}" if name == "cost_image" else
                               f"{one[name]:.4g}" for name in names])
     Console().print(table)
-    if found["estimate"]:
-        low, high = found["estimate"]["seconds"]
+    if study["estimate"]:
+        low, high = study["estimate"]["seconds"]
         typer.echo(f"an image of SDXL takes {(low + high) / 2:.1f} s ({low:.1f} to {high:.1f}) on this GPU, "
-                   f"{found['estimate']['gpu']}: estimated, not measured; give --seconds if you have measured")
-    most = max(found["workers"]) or 1
-    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * one / most), 7)] for one in found["workers"])
-    typer.echo(f"workers over time, as asked, {most:.1f} at most: {bars}")
-    if found["goal"]:
-        best = found["recommendation"]
-        typer.echo(f"{found['goal']}: " + (f"{found['ratio']:.2f} of the cost as asked" if best else
+                   f"{study['estimate']['gpu']}: estimated, not measured; give --seconds if you have measured")
+    peak = max(study["workers"]) or 1
+    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * one / peak), 7)] for one in study["workers"])
+    typer.echo(f"workers over time, as asked, {peak:.1f} at most: {bars}")
+    if study["goal"]:
+        best = study["recommendation"]
+        typer.echo(f"{study['goal']}: " + (f"{study['ratio']:.2f} of the cost as asked" if best else
                                            "no setting reaches it"))
 
 # %% ../../nbs/9_cli/01_reports.ipynb #bc79b43c
@@ -262,8 +262,8 @@ def deploy(
     preset: Annotated[str, typer.Option(help="A preset of hub.json, such as 'SDXL, low memory'.")] = "",
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, goes before hub.json; may be repeated.")] = None,
     hub: Annotated[Path, typer.Option(help="The file to deploy.")] = Path("hub.json"),
-    least: Annotated[int | None, typer.Option("--min", help="Workers that are always there.")] = None,
-    most: Annotated[int | None, typer.Option("--max", help="Workers at once.")] = None,
+    min_workers: Annotated[int | None, typer.Option("--min", help="Workers that are always there.")] = None,
+    max_workers: Annotated[int | None, typer.Option("--max", help="Workers at once.")] = None,
     idle: Annotated[int | None, typer.Option(help="Seconds that a worker waits for more work.")] = None,
     flashboot: Annotated[bool | None, typer.Option(help="Default: as in hub.json.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
@@ -284,55 +284,56 @@ def deploy(
 
         sdworker deploy --delete --yes
     """
-    scaling = {"minWorkers": least, "maxWorkers": most, "idleTimeout": idle, "flashboot": flashboot}
-    asked = {"name": name, "image": image, "preset": preset, "env": env or [], "scaling": scaling}
-    _deploy(asked, hub, (dry_run, status, delete), yes, as_json)
+    scaling = {"minWorkers": min_workers, "maxWorkers": max_workers, "idleTimeout": idle, "flashboot": flashboot}
+    options = {"name": name, "image": image, "preset": preset, "env": env or [], "scaling": scaling}
+    _deploy(options, hub, (dry_run, status, delete), yes, as_json)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #d3be6f21
-def _deploy(asked: dict, hub: Path, what: tuple[bool, bool, bool], yes: bool, as_json: bool) -> None:
-    "Do one of four things with an account."
+def _deploy(options: dict, hub: Path, actions: tuple[bool, bool, bool], yes: bool, as_json: bool) -> None:
+    "Show the status, delete, compare, or deploy."
     from sdworker.operate import deploy as lab
     from sdworker.operate.client import KEY, ClientError
 
-    dry_run, status, delete = what
+    dry_run, status, delete = actions
     with plain_errors(ClientError, lab.DeployError):
         if dry_run and not os.environ.get(KEY):
             typer.echo(f"sdworker: {KEY} is not set, so this is compared with nothing.", err=True)
-            return _planned(lab, None, asked, hub, True, yes, as_json)
+            return _planned(lab, None, options, hub, True, yes, as_json)
         with lab.account_of() as http:
             if status:
-                typer.echo(json.dumps(lab.status(http, asked["name"]), indent=None if as_json else 2))
+                typer.echo(json.dumps(lab.status(http, options["name"]), indent=None if as_json else 2))
             elif delete:
-                _sure(yes, f"Delete {asked['name']}, its queue and its template?")
-                gone = lab.delete(http, asked["name"])
-                typer.echo(json.dumps({"deleted": gone}) if as_json else f"deleted: {', '.join(gone) or 'nothing'}")
+                _sure(yes, f"Delete {options['name']}, its queue and its template?")
+                deleted = lab.delete(http, options["name"])
+                names = ", ".join(deleted) or "nothing"
+                typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted: {names}")
             else:
-                _planned(lab, http, asked, hub, dry_run, yes, as_json)
+                _planned(lab, http, options, hub, dry_run, yes, as_json)
 
 def _sure(yes: bool, question: str) -> None:
-    "Ask, unless that was answered before; leave on a no."
+    "Ask for confirmation, unless --yes was given; exit on a no."
     if not yes and not sys.stdin.isatty():
         raise OSError("nobody is there to be asked; --yes says that it is wanted.")
     if not yes and not typer.confirm(question, err=True):
         raise typer.Exit(1)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #47fa57ae
-def _planned(lab, http, asked: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
-    "Plan, show, ask, and carry out."
-    pairs = [one.partition("=") for one in asked["env"]]
+def _planned(lab, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
+    "Plan, print, confirm and apply."
+    pairs = [one.partition("=") for one in options["env"]]
     for key, equals, _ in pairs:
         if not (key and equals):
             raise lab.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
-    image = asked["image"] or (lab.image_there(http, asked["name"]) if http else "")
+    image = options["image"] or (lab.image_there(http, options["name"]) if http else "")
     if not image and not dry_run:
         raise lab.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
                               "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
-    want = lab.wanted(_read(hub, lab.DeployError), asked["name"], image, asked["preset"],
-                      {key: value for key, _, value in pairs}, **asked["scaling"])
-    todo = lab.steps(http, want)
-    report = lab.record(todo, want)
+    spec = lab.wanted(_read(hub, lab.DeployError), options["name"], image, options["preset"],
+                      {key: value for key, _, value in pairs}, **options["scaling"])
+    todo = lab.steps(http, spec)
+    report = lab.record(todo, spec)
     if not as_json:
-        typer.echo("\n".join(lab.told(todo, want)))
+        typer.echo("\n".join(lab.told(todo, spec)))
     if not dry_run and any(step.verb != "keep" for step in todo):
         _sure(yes, "Do that?")
         report["made"] = lab.apply(http, todo)

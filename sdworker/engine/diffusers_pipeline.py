@@ -98,24 +98,24 @@ def bare_components(
     import diffusers
     import transformers
 
-    found = {}
-    for name, kind in components(card.folder):
-        of, folder = getattr(diffusers, kind, None) or getattr(transformers, kind), card.folder / name
-        if issubclass(of, torch.nn.Module):
+    modules = {}
+    for name, class_name in components(card.folder):
+        cls, folder = getattr(diffusers, class_name, None) or getattr(transformers, class_name), card.folder / name
+        if issubclass(cls, torch.nn.Module):
             with torch.device("meta"):
-                found[name] = (of(of.config_class.from_pretrained(folder)) if hasattr(of, "config_class") else
-                               of.from_config(of.load_config(folder)))
-    return found
+                modules[name] = (cls(cls.config_class.from_pretrained(folder)) if hasattr(cls, "config_class") else
+                                 cls.from_config(cls.load_config(folder)))
+    return modules
 
 def _on_weights(card: ModelCard, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
     "The components that can be built of weights that have been loaded."
-    found = {}
+    modules = {}
     for name, module in bare_components(card).items():
         if own := _of(name, weights):
             if {*module.state_dict(), *dict(module.named_buffers())} <= own.keys():
                 _assign(module, own)
-                found[name] = module.requires_grad_(False).eval()
-    return found
+                modules[name] = module.requires_grad_(False).eval()
+    return modules
 
 def _assign(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     "Put tensors in the place of a module's own, also of buffers that are in no file."
@@ -140,11 +140,11 @@ def encode_prompts(
 ) -> Encoded:  # text embeddings by the names under which the pipeline takes them
     "Embed the prompts of a batch, positive and negative."
     guided = params.guided > 0
-    found = pipe.encode_prompt(
+    embeddings = pipe.encode_prompt(
         [spec.prompt for spec in specs], device=pipe._execution_device, num_images_per_prompt=1,
         do_classifier_free_guidance=guided, negative_prompt=[spec.negative_prompt for spec in specs])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded = dict(zip(names, found, strict=False))
+    encoded = dict(zip(names, embeddings, strict=False))
     if guided and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         empty = [k for k, spec in enumerate(specs) if not spec.negative_prompt]
         for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
@@ -179,7 +179,7 @@ def denoise(
     on_step: OnStep | None = None,
     **more: Any,  # arguments of the pipeline
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
-    "Run the denoiser, from pure noise if nothing else is said."
+    "Run the denoiser, from pure noise by default."
     halved = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
               if name in pipe._callback_tensor_inputs] if 0 < params.guided < params.steps else []
     def report(own, step, timestep, tensors):
@@ -233,7 +233,7 @@ class PipelineEngine:
     def __init__(self, card: ModelCard, device: str = "cpu", dtype: str = "float32",
                  weights: Mapping[str, torch.Tensor] | None = None,
                  quantization: "PipelineQuantizationConfig | None" = None):
-        self.card, self.device, self.dtype, self.warnings = card, device, dtype, []  # of each answer
+        self.card, self.device, self.dtype, self.warnings = card, device, dtype, []  # for each answer
         self.pipe = load_pipeline(card, device, dtype, weights, quantization)
 
     def route(self, params, images):

@@ -113,7 +113,7 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
             note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if settings().log_prompts else "")
         elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
             lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
-            note(name, outcome, seconds, said=answer["error"], exc_info=lost)
+            note(name, outcome, seconds, detail=answer["error"], exc_info=lost)
         else:
             note(name, outcome, seconds, exc_info=error)
     except Exception:
@@ -213,7 +213,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
 def start(
     test_input: str | None = None,  # a job as JSON, {"input": {...}}: answer it and end
 ) -> None:
-    "Take jobs from RunPod's queue until told to stop."
+    "Take jobs from RunPod's queue until the platform stops the worker. Raises `SettingsError` without a queue."
     if test_input is None and "RUNPOD_WEBHOOK_GET_JOB" not in os.environ:
         raise SettingsError("RUNPOD_WEBHOOK_GET_JOB is not set, so there is no queue to take jobs from; "
                             "RunPod sets it, elsewhere use `sdworker serve`.")

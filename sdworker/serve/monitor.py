@@ -23,22 +23,22 @@ log = logging.getLogger("sdworker")
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #d156b3e4
 class JsonLines(logging.Formatter):
-    "Makes a JSON object of each record, in one line."
+    "Formats each record as a JSON object in one line."
     def format(self, record: logging.LogRecord) -> str:
-        said = {"time": round(record.created, 3), "level": record.levelname,
+        entry = {"time": round(record.created, 3), "level": record.levelname,
                 "worker": os.environ.get("RUNPOD_POD_ID", ""), "message": record.getMessage()}
         if record.exc_info:
-            said["error"] = self.formatException(record.exc_info)
-        return json.dumps(said | getattr(record, "figures", {}), default=str)
+            entry["error"] = self.formatException(record.exc_info)
+        return json.dumps(entry | getattr(record, "figures", {}), default=str)
 
 def set_up_log(
-    form: str,  # "text" or "json"
+    log_format: str,  # "text" or "json"
     **options: Any,  # logging.basicConfig's
 ) -> None:
-    "Have this process write its log in a form."
+    "Set up this process's log: text for people, JSON lines for programs."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", **options)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if form == "json":
+    if log_format == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonLines())
 
@@ -58,7 +58,7 @@ def _card() -> tuple[Any, Any] | None:
         return None
 
 def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "utilisation" 0..1; empty: not known
-    "What the GPU is doing, as far as NVML tells."
+    "Return the GPU's memory and utilisation, as far as NVML reports them."
     card = _card() if _card.cache_info().currsize else None
     if card is None:
         return {}
@@ -72,12 +72,12 @@ def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "u
 # %% ../../nbs/5_serve/07_monitor.ipynb #99a1caa7
 @dataclass
 class Tally:
-    "Jobs since the last sum."
+    "Counts of the jobs since the last summary."
     began: float = field(default_factory=time.monotonic)
     outcomes: dict[str, int] = field(default_factory=lambda: {"drawn": 0, "refused": 0, "failed": 0})
     images: int = 0
-    seconds: list[float] = field(default_factory=list)  # of each that was drawn
-    stages: dict[str, float] = field(default_factory=dict)  # seconds in all
+    seconds: list[float] = field(default_factory=list)  # of each job that was drawn
+    stages: dict[str, float] = field(default_factory=dict)  # total seconds by stage
 
     def add(self, outcome: str, seconds: float, images: int, timings: Mapping[str, Any]) -> None:
         self.outcomes[outcome] += 1
@@ -88,7 +88,7 @@ class Tally:
             self.stages[stage] = self.stages.get(stage, 0.0) + timings.get(stage, 0.0)
 
     def sums(self) -> dict[str, Any]:
-        "What is said of them."
+        "Return the summary."
         jobs, worked, took = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
         shares = {stage: round(seconds / worked, 3) for stage, seconds in self.stages.items()} if worked else {}
         return {**self.outcomes, "images": self.images, "median": round(jobs[len(jobs) // 2], 3),
@@ -102,32 +102,32 @@ _state: dict[str, Tally | None] = {"tally": None}
 _lock = threading.Lock()  # the local API answers in threads
 
 def open_nvml() -> None:
-    "Open NVML beside the work, so that `gpu_state` can be asked."
+    "Open NVML in a thread of its own; `gpu_state` is empty until then."
     threading.Thread(target=_card, name="nvml", daemon=True).start()
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #a7fd87df
 def note(
     job: str,  # its id
     outcome: str,  # "drawn", "refused" or "failed"
-    seconds: float,  # in the worker
+    seconds: float,  # from job to answer
     answer: Mapping[str, Any] | None = None,  # of one that was drawn
-    said: str = "",  # more for the log: why not, or a prompt that may be shown
+    detail: str = "",  # the error, or a prompt that may be logged
     **options: Any,  # of logging, such as exc_info
 ) -> None:
-    "Write what became of a job into the log, and add it to the next sum."
+    "Log a job's outcome, and add it to the next summary."
     images, timings, warnings = (len(answer["images"]), answer["timings"], answer.get("warnings", [])) if answer else (
         0, {}, [])
     figures = {"event": "job", "job": job, "outcome": outcome, "seconds": round(seconds, 4), "images": images,
                "timings": timings, "warnings": warnings, "gpu": gpu_state()}
     text = f"{images} image(s) in {seconds:.2f} s" if answer else outcome
     level = logging.ERROR if outcome == "failed" else logging.INFO
-    log.log(level, "job %s%s %s%s", job, ":" if answer else "", text, f": {said}" if said else "",
+    log.log(level, "job %s%s %s%s", job, ":" if answer else "", text, f": {detail}" if detail else "",
             extra={"figures": figures}, **options)
     with _lock:
         _sum_up((outcome, seconds, images, timings))
 
 def _sum_up(counted: tuple) -> None:
-    "Add a job to the tally, and say a line where there are enough."
+    "Add a job to the tally, and log a summary after every `SDWORKER_LOG_EVERY` jobs."
     try:
         every = settings().log_every
     except SettingsError:  # the job's own line has the reason

@@ -28,26 +28,26 @@ SWITCHES = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 def own_checks(
     device: str,  # the setting: "auto", "cpu" or "cuda"
     weights: int,  # bytes that the GPU must have room for
-    seconds: float = 20,  # how long the driver may take to answer
-) -> Callable[[], None] | None:  # to register; None: there is nothing to ask
-    "Switch the SDK's own checks off, and begin to ask the driver for its GPUs."
+    seconds: float = 20,  # time limit of the query
+) -> Callable[[], None] | None:  # to register with the SDK; None: no driver to ask
+    "Switch the SDK's own checks off, and start a query of the driver for its GPUs."
     for name in SWITCHES:
         os.environ.setdefault(name, "true")
     if device == "cpu" or not shutil.which("nvidia-smi"):
         return None
-    asked = subprocess.Popen(["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"],
+    query = subprocess.Popen(["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"],
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def gpu_has_room() -> None:
         "Raise `RuntimeError`, which ends the worker, if no GPU answers or none has room for the weights."
         try:
-            said = asked.communicate(timeout=seconds)[0].strip()
+            output = query.communicate(timeout=seconds)[0].strip()
         except subprocess.TimeoutExpired:
-            asked.kill()
+            query.kill()
             raise RuntimeError(f"nvidia-smi did not answer within {seconds:g} s; the driver hangs.") from None
-        if asked.returncode or not said:
-            raise RuntimeError(f"nvidia-smi found no GPU ({said or 'no answer'}); SDWORKER_DEVICE=cpu does without.")
-        name, _, free = said.splitlines()[0].rpartition(",")
+        if query.returncode or not output:
+            raise RuntimeError(f"nvidia-smi found no GPU ({output or 'no answer'}); SDWORKER_DEVICE=cpu does without.")
+        name, _, free = output.splitlines()[0].rpartition(",")
         if free.strip().isdigit() and int(free) * 2**20 < weights:  # some cards give no figure
             raise RuntimeError(f"{name} has {int(free) / 1024:.1f} GB free, and the weights alone take "
                                f"{weights / 2**30:.1f} GB; choose a GPU with more memory.")
@@ -69,7 +69,7 @@ def ok(
     name: str,  # of the check
     found: str,  # one sentence
 ) -> Finding:
-    "A finding that passes."
+    "Return a finding that passes."
     return Finding(name, "pass", found)
 
 def run_check(
@@ -81,7 +81,7 @@ def run_check(
         return check(settings)
     except (ModelError, OSError) as error:
         return Finding(check.__name__, "fail", str(error), "The sentence before says what is missing.")
-    except Exception as error:  # a broken library is what a doctor is called for
+    except Exception as error:  # such as a broken library
         return Finding(check.__name__, "fail", f"{type(error).__name__}: {error}", "Install sdworker anew.")
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #c3ce47ec
@@ -183,7 +183,7 @@ def checks_at_start(
     weights: int,  # bytes that the GPU must have room for
     warn: Callable[[str], None],  # called with each warning
 ) -> Callable[[], None]:  # to register with the SDK; raises `RuntimeError`, which ends the worker
-    "Begin to ask the driver, and return the check that the SDK runs before the first job."
+    "Start the query of the driver, and return the check that the SDK runs before the first job."
     gpu_check = own_checks(settings.device, weights)
 
     def fit_to_work() -> None:
