@@ -53,7 +53,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Picture to begin from, or to edit.")] = None,
     mask: Annotated[Path | None, typer.Option(help="What of it to draw anew: the white part of this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far from it; default: 0.6, with a mask 1.")] = None,
-    image_format: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
+    fmt: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
     quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
     endpoint: Annotated[str, typer.Option(help="Draw there: an id, or a local API's address.")] = "",
@@ -71,8 +71,7 @@ def generate(
     """
     payload = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "num_images": n,
                "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "strength": strength,
-               "guidance_end": guidance_end, "scheduler": scheduler, "image_format": image_format,
-               "image_quality": quality}
+               "guidance_end": guidance_end, "scheduler": scheduler, "image_format": fmt, "image_quality": quality}
     shown = not as_json and sys.stderr.isatty()
     with plain_errors():
         payload |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
