@@ -33,7 +33,7 @@ def draw_pairs(
     engine: Engine,
     asked: list[tuple[str, int]],  # prompt and seed of each, as from `embedded.pairs`
     batch: int = 4,  # images in one call
-    **request: Any,  # further arguments of `engine.generate`
+    **request: Any,  # further fields of `engine.types.Request`
 ) -> Iterator[tuple[str, Image.Image]]:  # prompt and picture of each
     "Draw pairs of prompt and seed through the engine, as the worker would."
     for start in range(0, len(asked), batch):
@@ -66,7 +66,7 @@ LOSSLESS = 40  # dB
 class Switch:
     "Something that can be switched."
     settings: Mapping[str, Any] = field(default_factory=dict)  # by field of `Settings`
-    request: Mapping[str, Any] = field(default_factory=dict)  # arguments of `engine.generate`
+    request: Mapping[str, Any] = field(default_factory=dict)  # fields of `engine.types.Request`
     least: float = LOSSLESS  # dB from the plain pipeline's picture, at worst
 
 SWITCHES = {
