@@ -21,12 +21,12 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/2_engine/06_offload.ipynb #d7f232a2
 def use_vae(
     vae: Any,  # AutoencoderKL, or Qwen-Image's
-    how: str,  # "whole", "sliced" or "tiled"
+    mode: str,  # "whole", "sliced" or "tiled"
 ) -> None:
-    "Have a VAE decode image by image, and also tile by tile, each of three quarters of the side that it was made for."
-    (vae.disable_slicing if how == "whole" else vae.enable_slicing)()
-    (vae.enable_tiling if how == "tiled" else vae.disable_tiling)()
-    if how == "tiled" and hasattr(vae, "tile_sample_min_size"):
+    "Make a VAE decode all at once, image by image, or also in tiles of three quarters of the side it was trained on."
+    (vae.disable_slicing if mode == "whole" else vae.enable_slicing)()
+    (vae.enable_tiling if mode == "tiled" else vae.disable_tiling)()
+    if mode == "tiled" and hasattr(vae, "tile_sample_min_size"):
         # diffusers' own tiles are as large as the picture, and halves cost the embedded model 8 points
         vae.tile_sample_min_size = 3 * vae.config.sample_size // 4
         vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -36,20 +36,20 @@ def use_memory(
     pipe: "DiffusionPipeline",  # on the processor if `offload` is not "none"
     vae: str = "whole",  # "whole", "sliced" or "tiled"
     offload: str = "none",  # "none", "model" or "sequential"
-    channels_last: bool = False,
+    channels_last: bool = False,  # store convolution weights in this order
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> str:  # for the answer's "warnings"; empty: all of it is used
     "Set how a pipeline uses memory."
     use_vae(pipe.vae, vae)
-    said = _store_channels_last(denoiser_of(pipe), pipe.vae) if channels_last else ""
+    warning = _store_channels_last(denoiser_of(pipe), pipe.vae) if channels_last else ""
     if offload == "none":
-        return said
+        return warning
     if device != "cuda":
         log.warning("offload not used: no CUDA device")
-        return f"{said} SDWORKER_OFFLOAD is {offload!r}, which is not used: no CUDA device.".strip()
+        return f"{warning} SDWORKER_OFFLOAD is {offload!r}, which is not used: no CUDA device.".strip()
     pipe.reset_device_map()
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
-    return said
+    return warning
 
 def _store_channels_last(*parts: torch.nn.Module) -> str:
     if any(weight.ndim == 5 for part in parts for weight in part.parameters()):
