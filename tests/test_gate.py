@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdworker.core.model_info import EMBEDDED
-from sdworker.lab.quality import LEAST, gate
+from sdworker.lab.quality import MIN_RATES, gate
 from sdworker.start.load import initialize_model
 
 RECORD = json.loads((Path(__file__).parent.parent / "results" / "adherence.json").read_text())
@@ -19,12 +19,12 @@ def figures():
 
 def test_adherence_gate(figures):
     rates = figures["adherence"]
-    assert all(rates[name] >= least for name, least in LEAST.items()), rates
+    assert all(rates[name] >= least for name, least in MIN_RATES.items()), rates
 
 
 def test_record_is_of_these_weights(figures):
     assert figures["weights"] == RECORD["weights"] and figures["pairs"] == RECORD["pairs"] == 200
-    assert all(abs(figures["adherence"][name] - RECORD["adherence"][name]) <= 0.01 for name in LEAST)
+    assert all(abs(figures["adherence"][name] - RECORD["adherence"][name]) <= 0.01 for name in MIN_RATES)
 
 
 def test_an_image_took_at_most_half_a_second_on_two_cores():

@@ -255,7 +255,7 @@ def test_it_compiles_from_the_cache_that_was_filled_in_the_build(image, hub, loc
 
 @pytest.mark.image
 def test_the_model_is_what_the_hub_has(container, hub, tmp_path):
-    assert {asked.file for asked in hub.asked if asked.cdn} == {str(Path(path).relative_to(EMBEDDED))
+    assert {asked.file for asked in hub.requests if asked.cdn} == {str(Path(path).relative_to(EMBEDDED))
                                                                for path in EMBEDDED.rglob("*.safetensors")}
     report = json.loads(inside(container, "sdworker", "verify", "/model", "--json").stdout)
     assert (report["repository"], report["revision"]) == (MODEL, hub.commit(MODEL))

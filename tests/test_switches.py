@@ -43,7 +43,7 @@ def plainly():
 
 
 def verdict(engine, switch):
-    return held(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.least)
+    return held(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.min_psnr)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,7 +148,7 @@ def test_the_gate_finds_a_capsule_with_another_number_in_a_table():
     ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_end": 0})])
 def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     switch = SWITCHES[name]
-    found = held(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(), switch.least)
+    found = held(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(), switch.min_psnr)
     assert not found.passed, found
 
 

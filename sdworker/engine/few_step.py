@@ -21,22 +21,22 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/2_engine/09_few_step.ipynb #85752798
 def preset_of(
     card: ModelCard,  # with the family and the model's name
-    chosen: str = "auto",  # as in SDWORKER_PRESET
+    setting: str = "auto",  # as in SDWORKER_PRESET
 ) -> Preset | None:  # None: the model is no few-step model, or the family has no such preset
     "The few-step preset that is set; with \"auto\", the one whose name is in the model's name."
     known = card.family.few
-    if chosen == "auto":
+    if setting == "auto":
         model = card.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
         return next((preset for name, preset in known.items() if name in model), None)
-    return known.get(chosen)
+    return known.get(setting)
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #185e73f5
 def with_preset(
     card: ModelCard,  # of any model
-    chosen: str = "auto",  # as in SDWORKER_PRESET
+    setting: str = "auto",  # as in SDWORKER_PRESET
 ) -> ModelCard:  # unchanged if there is no preset
     "A card with the preset's steps and guidance as defaults of requests."
-    if preset := preset_of(card, chosen):
+    if preset := preset_of(card, setting):
         return replace(card, steps=preset.steps, guidance=preset.guidance)
     return card
 

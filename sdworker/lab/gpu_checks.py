@@ -114,13 +114,13 @@ def pictures(
 ) -> dict[str, Any]:
     "Adherence of 200 pictures; 24 of them go into `embedded-DTYPE.png`."
     from sdworker.embedded.shapes import adherence, contact_sheet
-    from sdworker.lab.quality import LEAST, draw_pairs
+    from sdworker.lab.quality import MIN_RATES, draw_pairs
 
     engine = embedded_engine(setup.device, dtype)
     drawn = list(draw_pairs(engine, _pairs(setup, 200), 10))
     contact_sheet([image for _, image in drawn[:24]], zoom=2).save(setup.out / f"embedded-{dtype}.png")
     shares, parts = adherence(drawn), (engine.pipe.unet, engine.pipe.vae)
-    return {"passed": all(shares[name] >= least for name, least in LEAST.items()), "adherence": shares,
+    return {"passed": all(shares[name] >= least for name, least in MIN_RATES.items()), "adherence": shares,
             "pictures": len(drawn), "parts": [f"{part.dtype} on {part.device}" for part in parts]}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00018
@@ -399,15 +399,16 @@ def switch(
     "One switch: how far its pictures are from the plain pipeline's, and whether that is what it promises."
     from dataclasses import asdict
 
-    from sdworker.lab.bench import built
+    from sdworker.lab.bench import build_switched
     from sdworker.lab.quality import SWITCHES, draw_pairs, held
 
     card, one, pairs = read_card(EMBEDDED, "embedded"), SWITCHES[name], _pairs(setup, 20)
     try:
-        engine = built(one, card, setup.device)
+        engine = build_switched(one, card, setup.device)
     except ModelError as error:
         return {"not_used": str(error)}
-    return asdict(held(list(draw_pairs(engine, pairs, 10, **one.request)), _plain(setup.device, len(pairs)), one.least))
+    drawn = list(draw_pairs(engine, pairs, 10, **one.request))
+    return asdict(held(drawn, _plain(setup.device, len(pairs)), one.min_psnr))
 
 def switch_apart(
     setup: Setup,
@@ -464,13 +465,13 @@ def families(
                "no:cacheprovider", *(["-k", " or ".join(names)] if names else [])]
     ended = run_process([sys.executable, "-m", "pytest", str(file), *options], limit,
                         PYTHONPATH=os.pathsep.join([str(plugins), *filter(None, sys.path)]))
-    if ended.code not in (0, 1) and not ended.late:
+    if ended.code not in (0, 1) and not ended.timed_out:
         raise ChildProcessError(ended.out[-1500:] + ended.err[-500:])
     outcomes = {(word[0], name[0]) for line in ended.out.splitlines()
                 if (word := re.search("PASSED|FAILED|ERROR|SKIPPED", line))
                 and (name := re.search(r"\w+\.py::\S+", line))}
     tests = dict(collections.Counter(word for word, _ in outcomes))
-    return {"passed": ended.code == 0, "late": ended.late, "tests": tests,
+    return {"passed": ended.code == 0, "late": ended.timed_out, "tests": tests,
             "failed": sorted(name for word, name in outcomes if word in ("FAILED", "ERROR")),
             "reasons": [line for line in ended.out.splitlines() if line.startswith(("E  ", "/"))][-60:]}
 

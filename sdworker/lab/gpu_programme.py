@@ -96,7 +96,7 @@ def bench_rows(
             shutil.copy(part, setup.out)
     model = None if setup.dry else sdxl_folder(setup)  # may take a minute of what is left
     record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60, model=model,
-                         tell=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"))
+                         on_progress=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"))
     print(f"==== bench: {'all rows are' if record else 'there is more to do; what is done is'} in {path.name}")
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00014

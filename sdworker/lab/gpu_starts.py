@@ -26,13 +26,13 @@ from sdworker.lab.coldstart import (
     NO_PREFETCH,
     OURS,
     evict,
+    explicit_job,
     libraries,
     median_run,
     read_floor,
     start_once,
     torch_alone,
     usual_worker,
-    whole_job,
 )
 from .gpu_headline import image_request, machine_of
 from .gpu_report import Report, Setup, run_process, run_script, sdxl_folder
@@ -159,7 +159,7 @@ def start_all(
 ) -> None:
     "Start each worker so many times, as far as there is time."
     setup, request = report.setup, image_request(report.setup.dry)
-    payload = whole_job(read_card(sdxl_folder(setup)), width=request["width"], height=request["height"],
+    payload = explicit_job(read_card(sdxl_folder(setup)), width=request["width"], height=request["height"],
                         num_inference_steps=request["steps"])
     for turn in range(1, turns + 1):
         for name, worker in workers.items():
