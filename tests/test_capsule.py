@@ -296,7 +296,7 @@ def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
 @pytest.mark.parametrize("pipeline, bits", [("StableDiffusion3Pipeline", "off"), ("FluxPipeline", "int8")])
 def test_transformers_have_a_capsule_and_need_no_diffusers(pipeline, bits, tmp_path):
     folder, here = miniature(pipeline, tmp_path / "tiny"), {"SDWORKER_QUANTIZE": bits}
-    make_capsule(read_card(folder), tmp_path / "capsules", bits=bits)
+    make_capsule(read_card(folder), tmp_path / "capsules", quantize=bits)
     jobs = {"plain": {}, "wide": {"width": 128, "height": 64, "num_images": 3}, "guided": {"guidance_scale": 9.0},
             "alone": {"width": 128, "height": 64, "seed": 8}, "few": {"num_inference_steps": 1},
             "other": {"prompt": "a blue ring"}, "unwanted": {"negative_prompt": "blue"}}
@@ -319,10 +319,10 @@ def test_a_capsule_in_eight_bits_is_for_the_weights_that_it_was_made_of(tmp_path
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED, folder)
     card = read_card(folder)
-    keys = [{bits: capsule_key(card, bits=bits)["model"] for bits in ("off", "int8")}]
+    keys = [{bits: capsule_key(card, quantize=bits)["model"] for bits in ("off", "int8")}]
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     save_file(weights | {name: weights[name] * 1.01}, path)
-    keys.append({bits: capsule_key(card, bits=bits)["model"] for bits in ("off", "int8")})
+    keys.append({bits: capsule_key(card, quantize=bits)["model"] for bits in ("off", "int8")})
     assert keys[0]["off"] == keys[1]["off"] and keys[0]["int8"] != keys[1]["int8"]
