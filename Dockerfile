@@ -55,7 +55,7 @@ RUN --mount=type=cache,target=/build/pip \
 
 # The notebooks, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
 # test_gate, which draws for minutes on a CPU, and test_image itself; of the notebooks, those of the lab that time this
-# machine for minutes, and those of the GPU programme, which want git and pip. `make test` has them all.
+# machine for minutes, and those of the GPU programme, which want git and pip. `make test-all` has them all.
 # What they pass with is then left out of the image: the lab, and the training of the embedded model.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock

@@ -14,6 +14,7 @@ os.environ["SDWORKER_CAPSULES"] = str(Path(__file__).parent.parent / "out" / "no
 
 
 COMPILING = ("2_engine/14_torch_compile", "8_lab/07_break_even")  # what they show cannot be had without a compiler
+SLOW = (*COMPILING, "8_lab/10_gpu_checks", "8_lab/11_gpu_headline")  # the last two: the GPU programme, dry
 
 
 def pytest_collection_modifyitems(items):
@@ -28,8 +29,11 @@ def pytest_collection_modifyitems(items):
         # nbval does not know nbdev's directive for cells that are not to be run.
         if re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
             item.options["skip"] = True
-        if not capsule and "../out/capsules" in item.parent.path.read_text(encoding="utf-8"):
-            item.add_marker(pytest.mark.skip(reason="there is no capsule; `make capsule` makes one with g++"))
         name = str(item.parent.path.relative_to(Path(__file__).parent).with_suffix(""))
+        with_capsule = "../out/capsules" in item.parent.path.read_text(encoding="utf-8")
+        if with_capsule or name in SLOW:
+            item.add_marker(pytest.mark.slow)
+        if with_capsule and not capsule:
+            item.add_marker(pytest.mark.skip(reason="there is no capsule; `make capsule` makes one with g++"))
         if name in COMPILING and not shutil.which(os.environ.get("CXX", "g++")):
             item.add_marker(pytest.mark.skip(reason="there is no C++ compiler"))

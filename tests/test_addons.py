@@ -153,6 +153,7 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
     assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
 
 
+@pytest.mark.slow
 def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
     save_file(LORA, tmp_path / "style.safetensors")
     (style := tmp_path / "style").mkdir()
@@ -249,6 +250,7 @@ def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tm
     assert not together, "two at a time are what a small card has no room for"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_tiles(tmp_path, offloaded, offload):
     folder = with_refiner(tmp_path / "model")

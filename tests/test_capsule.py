@@ -34,7 +34,7 @@ OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 PROMPT = "a large red star on a blue background"
 CARD = read_card(EMBEDDED, "embedded")
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 
 @pytest.fixture(scope="module")

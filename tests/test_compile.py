@@ -23,6 +23,8 @@ from sdworker.serve.image_io import from_data_uri
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 PROMPT = "a large red star on a blue background"
 
+pytestmark = pytest.mark.slow
+
 
 def job(name: str) -> dict:
     return {"id": name, "input": {"prompt": PROMPT, "seed": 7}}

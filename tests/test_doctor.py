@@ -118,7 +118,8 @@ def look(folder: Path, cuda: bool, **variables: str) -> tuple[dict[str, dict], l
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *MINIATURES])
+@pytest.mark.parametrize("pipeline", [
+    "StableDiffusionXLPipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in MINIATURES)])
 def test_every_family_is_looked_at(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
     findings, asked = look(folder, cuda=True, SDWORKER_ATTENTION="sliced", SDWORKER_MAX_BATCH="2")
@@ -132,6 +133,7 @@ def test_every_family_is_looked_at(pipeline, tmp_path):
     assert "anew" not in json.dumps(findings)
 
 
+@pytest.mark.slow
 def test_a_refiner_has_to_fit_too(tmp_path):
     models = EMBEDDED, with_refiner(tmp_path / "model")
     base, both = (needed(meta_components(read_card(model), "float16"), Way(), 64, 64) for model in models)
@@ -141,6 +143,7 @@ def test_a_refiner_has_to_fit_too(tmp_path):
     assert (alone["state"], refined["state"]) == ("pass", "warn") and "SDWORKER_OFFLOAD=" in refined["remedy"]
 
 
+@pytest.mark.slow
 def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
     folder = miniature("FluxPipeline", tmp_path / "tiny")
     index = folder / "model_index.json"

@@ -107,6 +107,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert answers["small mask"]["error"].endswith("the mask should be of the picture's size.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *(
     name for name, family in FAMILIES.items() if family.from_image and name in MINIATURES)])
 def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path):
@@ -123,7 +124,9 @@ def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path
     assert np.array_equal(before, after) and len(np.unique(before)) > 2
 
 
-@pytest.mark.parametrize("pipeline", [name for name, family in FAMILIES.items() if family.edits])
+@pytest.mark.parametrize("pipeline", [
+    pytest.param(name, marks=[pytest.mark.slow] * ("Plus" in name))
+    for name, family in FAMILIES.items() if family.edits])
 def test_a_picture_is_edited(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny")
     answers, log = handled(folder, {

@@ -17,11 +17,13 @@ def figures():
     return gate(initialize_model())
 
 
+@pytest.mark.slow
 def test_adherence_gate(figures):
     rates = figures["adherence"]
     assert all(rates[name] >= least for name, least in MIN_RATES.items()), rates
 
 
+@pytest.mark.slow
 def test_record_is_of_these_weights(figures):
     assert figures["weights"] == RECORD["weights"] and figures["pairs"] == RECORD["pairs"] == 200
     assert all(abs(figures["adherence"][name] - RECORD["adherence"][name]) <= 0.01 for name in MIN_RATES)

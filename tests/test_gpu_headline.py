@@ -35,6 +35,7 @@ def compiled(setup) -> Setup:
     return setup
 
 
+@pytest.mark.slow
 def test_ways_run_in_processes_and_a_later_call_goes_on(setup):
     parts = ("rates", "operations", "eager", "CUDA graph", "compiled by blocks")
     report = headline(setup, parts)
@@ -63,6 +64,7 @@ def test_a_start_is_ended_at_its_limit():
         start(([sys.executable, "-c", "import time; time.sleep(60)"], {}), {"prompt": "x"}, [], 1)
 
 
+@pytest.mark.slow
 def test_compiled_code_is_measured_dry(compiled):
     report = measure_aot(compiled, ("capsule", "naive", "import torch", "images", "compile"))
     assert not report.failed(), report.parts
@@ -73,6 +75,7 @@ def test_compiled_code_is_measured_dry(compiled):
     assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "the usual worker" in shown
 
 
+@pytest.mark.slow
 def test_cold_starts_are_measured_dry(setup):
     report = measure_starts(setup, ("no prefetch", "lazy", "read", "device"))
     assert not report.failed(), report.parts

@@ -25,6 +25,7 @@ def setup(tmp_path) -> Setup:
     return Setup(dry=True, seconds=3600, **folders)  # no part is left out, however slow the machine is
 
 
+@pytest.mark.slow
 def test_the_checks_run_dry_and_are_not_run_again(setup, tmp_path, capfd):
     assert run("checks", [], setup, tmp_path) == 0
     record = json.loads((setup.out / "gpu-check.json").read_text())
@@ -46,6 +47,7 @@ def test_a_stage_without_time_leaves_its_parts_out(setup, tmp_path):
     assert parts and all("s needed" in part["left_out"] for part in parts.values())
 
 
+@pytest.mark.slow
 def test_the_families_run_on_the_device_of_the_setup(setup):
     (setup.scratch / "triton").mkdir(parents=True)  # a compiler's cache, which Python must not take for the package
     ran = families(setup, 120, ["a_class_that_diffusers"], SDWORKER_DTYPE="float32")
@@ -93,6 +95,7 @@ def test_every_stage_has_a_function():
     assert all(callable(stage_function(name)) for name in STAGES)
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_interrupted_and_goes_on_with_what_it_has(tmp_path):
     """Interrupted as by its limit, but when a row is under way, however long that takes: its compiler never ends."""
     compiler, cut, part = tmp_path / "compiler", "switch compile: regional", tmp_path / "out/.bench-gpu-tiny.part.json"

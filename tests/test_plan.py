@@ -43,6 +43,7 @@ def broken_rule(outcome: Outcome) -> str:
     return "" if sum(one.ended - one.begun for one in flex) >= least - 1e-6 else "a worker went before its time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (2, 1.2), (4, 2.8), (8, 6.0)])
 def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
     waits = [simulate(Endpoint(workers, workers, turn=0), poisson(86400, seconds, days=5, seed=seed)).wait.mean()

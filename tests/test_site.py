@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_site_builds_with_a_page_for_each_notebook():
     done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -76,13 +76,15 @@ def state(engine):
             type(pipe.unet.time_embedding.linear_1.weight).__name__, is_compiled(pipe.unet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_keeps_to_what_it_promises(name):
     found = verdict(built(name), SWITCHES[name])
     assert found.passed, found
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("compile", "capsule"))) for name in SWITCHES])
 def test_a_switch_does_something(name):
     engine, switch = built(name), SWITCHES[name]
     if switch.settings:
@@ -95,6 +97,7 @@ def test_a_switch_does_something(name):
         assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.9])
 def test_the_gate_finds_attention_that_is_a_tenth_too_weak(share):
     """Another kernel stands in for xformers', which needs a GPU."""
@@ -109,6 +112,7 @@ def test_the_gate_finds_attention_that_is_a_tenth_too_weak(share):
         assert verdict(engine, SWITCHES[name]).passed == (share == 1)
 
 
+@pytest.mark.slow
 def test_the_gate_finds_slices_that_leave_one_out():
     from diffusers.models.attention_processor import SlicedAttnProcessor
 
@@ -122,6 +126,7 @@ def test_the_gate_finds_slices_that_leave_one_out():
         assert not verdict(engine, SWITCHES["attention: sliced"]).passed
 
 
+@pytest.mark.slow
 def test_the_gate_finds_tiles_without_their_seams_blended():
     engine = built("VAE tiled")
     with patch.object(engine.pipe.vae, "tile_overlap_factor", 0.0), \
@@ -130,6 +135,7 @@ def test_the_gate_finds_tiles_without_their_seams_blended():
         assert not verdict(engine, SWITCHES["VAE tiled"]).passed
 
 
+@pytest.mark.slow
 def test_the_gate_finds_a_number_format_that_is_too_coarse():
     engine = built("bfloat16")
     for parameter in engine.pipe.unet.parameters():
@@ -138,12 +144,14 @@ def test_the_gate_finds_a_number_format_that_is_too_coarse():
     assert not verdict(engine, SWITCHES["bfloat16"]).passed
 
 
+@pytest.mark.slow
 def test_the_gate_finds_a_capsule_with_another_number_in_a_table():
     engine = built("capsule")
     engine.tables["own rows"] = engine.tables["own rows"] * 1.02
     assert not verdict(engine, SWITCHES["capsule"]).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, broken", [
     ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_end": 0})])
 def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
@@ -152,6 +160,7 @@ def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     assert not found.passed, found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1300)  # on a busy machine; three minutes on a quiet one
 def test_the_suite_for_a_gpu_runs_in_small(tmp_path):
     command = [sys.executable, "-m", "sdworker.cli.main", "bench", "--suite", "gpu", "--device", "cpu", "--tiny",
