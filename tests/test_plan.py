@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from sdworker.cli.main import app
-from sdworker.lab.plan_vs_real import replay
 from sdworker.operate.plan import Endpoint, Load, Outcome, poisson, read_trace, simulate
 
 TRACE = Path(os.environ.get("SDWORKER_DATA", ""), "gentd26-sd-requests-2024-11.csv.gz")
@@ -107,17 +105,9 @@ def test_a_day_of_a_hundred_thousand_requests_keeps_every_rule():
 def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
     command = [sys.executable, "-m", "sdworker.cli.main", "plan", "--trace", str(TRACE), "--grid", "default",
                "--goal", "p95<30s", "--json"]
-    begun = time.perf_counter()
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"{time.perf_counter() - begun:.0f} s")
     assert found["recommendation"]["wait_p95"] < 30 and found["ratio"] < 0.6 and len(found["grid"]) == 60
     record = json.loads((Path(__file__).parent.parent / "results" / "plan-trace.json").read_text())
     for name, value in record["recommendation"].items():
         assert found["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
     assert not broken_rule(simulate(Endpoint(), read_trace(TRACE)))
-
-
-@pytest.mark.timeout(600)
-def test_two_real_workers_take_as_long_as_the_simulated_ones():
-    found = replay(100)  # results/plan-replay.json holds 200
-    assert abs(found["ratio"] - 1) < 0.15, {name: found[name] for name in ("real", "simulated")}
