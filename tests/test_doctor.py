@@ -127,7 +127,7 @@ def test_every_family_is_looked_at(pipeline, tmp_path):
     batch = min(2, family.batch) if family else 0
     found = f"{batch} image(s) at once take 1.0" if family else f"not computed for this family: {pipeline} is not in"
     assert findings["memory"]["state"] == "pass" and findings["memory"]["found"].startswith(found)
-    assert asked == ([["cuda", family.half]] if family and family.compiles else [])
+    assert asked == ([["cuda", family.gpu_dtype]] if family and family.compiles else [])
     sliceable = "works" if pipeline.startswith(("Stable", "Latent")) and "3" not in pipeline else "cannot be sliced"
     assert sliceable in findings["attention"]["found"]
     assert "anew" not in json.dumps(findings)

@@ -205,7 +205,7 @@ def test_a_family_is_its_row_and_not_its_name(tmp_path):
 
 
 def test_a_new_family_does_not_compile_unless_its_row_has_it():
-    assert not Family("new", "", "", numbers=1.0, steps=30, guidance=5.0).compiles
+    assert not Family("new", "", "", parameters=1.0, steps=30, guidance=5.0).compiles
 
 
 def test_only_the_tables_name_a_family():

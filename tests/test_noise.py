@@ -62,7 +62,7 @@ def test_a_family_draws_the_same_in_every_format(pipeline, tmp_path):
     if pipeline in MINIATURES:
         folder = miniature(pipeline, tmp_path / "tiny")
     if family and family.edits:  # at a megapixel, so once
-        return agree(folder, family.half, steps=1, guidance=1.0, image=START)
+        return agree(folder, family.gpu_dtype, steps=1, guidance=1.0, image=START)
     for begins, options in BEGINNINGS.items():  # of 3 steps or fewer a single one is left, of hardly any noise
         if begins == "noise" or family:
             agree(folder, *HALF, steps=4, **options)

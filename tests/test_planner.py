@@ -53,7 +53,7 @@ def watched(engine: FamilyEngine) -> dict[str, int]:
 @pytest.mark.parametrize("pipeline", FAMILIES)
 def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
     card = model_of(pipeline, tmp_path / "tiny", LONG.get(pipeline, {}))
-    edits, dtype = card.family.edits, card.family.half
+    edits, dtype = card.family.edits, card.family.gpu_dtype
     batch, engine = 1 if edits else 2, FamilyEngine(card, dtype=dtype)
     moments, words, picture = watched(engine), "a" * 2000, None
     if edits:  # its text encoder reads all of a prompt: 64 tokens of the template, 512 others, and the picture's

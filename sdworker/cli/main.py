@@ -240,7 +240,7 @@ def _to_compile(model: Path | None, name: str | None, device: str | None):
     chosen = settings()
     chosen = chosen.model_copy(update={"device": device or chosen.device})
     card = with_preset(read_card(model or resolve(chosen), name or chosen.model), chosen.preset)
-    return chosen, card, place(chosen, card.family.half)
+    return chosen, card, place(chosen, card.family.gpu_dtype)
 
 # %% ../../nbs/9_cli/02_main.ipynb #566396a4
 def _compile(model: Path | None, name: str | None, device: str | None, shown: bool) -> str:

@@ -28,22 +28,23 @@ class _Weights(BaseSettings):
     revision: str | None = Field(
         None, description="Commit, tag or branch of a model id; a commit is the only one that cannot change")
     extras: str = Field("", description=(
-        "Baked beside the model: components and LoRAs as `name=owner/name@commit` or `...@commit:file`, with commas"))
+        "Baked beside the model: components and LoRAs as `name=owner/name@commit` or `...@commit:file`, separated by "
+        "commas"))
     baked: str = Field("/model", min_length=1, description="Folder of the model that is baked into the image")
     volume: str = Field("/runpod-volume", min_length=1, description=(
         "Where RunPod mounts its cached models and network volumes"))
-    offline: bool = Field(False, description="Never ask the hub: what is not here cannot be had")
+    offline: bool = Field(False, description="Never contact the hub; fail if the model is not on this machine")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run; `auto` is `cuda` if there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description=(
         "Number format of the weights; `auto` is the model's own on `cuda`, `float32` on `cpu`"))
 
 # %% ../../nbs/0_core/01_settings.ipynb #c6b5aa3f
-class _Told(_Weights):
-    "What is in the log."
+class _Log(_Weights):
+    "What the log holds."
     log: Literal["text", "json"] = Field("text", description=(
-        "Lines of the log: as people read them, or JSON objects with each job's times and the GPU's state"))
-    log_every: int = Field(100, ge=0, le=1_000_000, description="Jobs after which a line sums them up; 0: never")
+        "Format of log lines: text for people, or JSON objects with each job's times and the GPU's state"))
+    log_every: int = Field(100, ge=0, le=1_000_000, description="Jobs after which a log line sums them up; 0: never")
     log_prompts: bool = Field(False, description="Write prompts into the log")
 
 # %% ../../nbs/0_core/01_settings.ipynb #5b2053b1
@@ -51,19 +52,19 @@ QUANTIZED = ("int8", "fp8", "nf4")
 
 def quantized_parts(
     text: str,  # as in SDWORKER_QUANTIZE
-) -> dict[str, str]:  # by component; "denoiser" stands for the UNet or the transformer
-    "Which components are to be kept in fewer bits, and how; or `ValueError`."
-    found = {}
+) -> dict[str, str]:  # component -> format; "denoiser" stands for the UNet or the transformer
+    "Parse the components to quantize and the format of each; raises `ValueError` for text that is not understood."
+    formats = {}
     for entry in text.split(",") if text != "off" else ():
-        name, _, kind = entry.strip().rpartition("=")
-        if kind not in QUANTIZED or (name and not name.isidentifier()):
+        name, _, number_format = entry.strip().rpartition("=")
+        if number_format not in QUANTIZED or (name and not name.isidentifier()):
             raise ValueError("should be off, int8, fp8 or nf4, or a list such as denoiser=nf4,text_encoder_2=int8")
-        found[name or "denoiser"] = kind
-    return found
+        formats[name or "denoiser"] = number_format
+    return formats
 
 # %% ../../nbs/0_core/01_settings.ipynb #72556823
-class _Drawn(_Told):
-    "What draws."
+class _Drawing(_Log):
+    "The engine and its switches."
     engine: Literal["auto", "capsule", "pipeline"] = Field("auto", description=(
         "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
     capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
@@ -73,7 +74,7 @@ class _Drawn(_Told):
     vae: Literal["whole", "sliced", "tiled"] = Field(
         "whole", description="Decode the images of a call at once, one by one, or also tile by tile")
     offload: Literal["none", "model", "sequential"] = Field("none", description=(
-        "Keep weights in the machine's memory, and bring a component or a layer at a time to the GPU"))
+        "Keep weights in the machine's memory, and copy a component or a layer at a time to the GPU"))
     channels_last: bool = Field(False, description="Store convolution weights of the pipeline channels last")
     compile: Literal["off", "cuda-graph", "reduce-overhead", "regional", "cached"] = Field("off", description=(
         "Before the first job, with lazy loading within it, record the denoiser as a CUDA graph or compile it: "
@@ -88,29 +89,29 @@ class _Drawn(_Told):
 
     @field_validator("quantize")
     @classmethod
-    def _quantized(cls, given: str) -> str:
-        quantized_parts(given)
-        return given
+    def _quantized(cls, value: str) -> str:
+        quantized_parts(value)
+        return value
 
 # %% ../../nbs/0_core/01_settings.ipynb #03117b67
-PROFILES = {  # what the settings are in a profile, unless they are set themselves
+PROFILES = {  # defaults in a profile; a setting of one's own goes before
     "fast": {},
     "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
     "lowmem": {"engine": "pipeline", "vae": "tiled", "offload": "model", "max_batch": 1},
 }
 
-class Settings(_Drawn):
-    "What can be set; each field `x` is the environment variable `SDWORKER_X`."
+class Settings(_Drawing):
+    "All settings; each field `x` is the environment variable `SDWORKER_X`."
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     profile: Literal["fast", "guide", "lowmem"] = Field(
-        "fast", description="What the other settings are unless they are set")
+        "fast", description="Which set of defaults the other settings have")
     preset: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm", "schnell"] = Field(
         "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(
-        "background", description="Load the model beside the SDK's own start, at the first request, or before all")
+        "background", description="Load the model while the SDK starts, at the first request, or before the SDK starts")
     lean: bool = Field(True, description=(
-        "Import without torch's compiler and other parts that a start does not use, with stand-ins in their place"))
+        "Import without torch's compiler and other parts that a start does not use; stand-ins take their place"))
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
@@ -119,16 +120,16 @@ class Settings(_Drawn):
 
     @model_validator(mode="before")
     @classmethod
-    def _profile(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return PROFILES.get(given.get("profile", "fast"), {}) | given
+    def _profile(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return PROFILES.get(values.get("profile", "fast"), {}) | values
 
 # %% ../../nbs/0_core/01_settings.ipynb #237eae4f
 def complaint(
     error: ValidationError,  # from any pydantic model
     name: Callable[[str], str] = str,  # turns a field's name into the one that the user knows
-    private: Container[str] = (),  # fields whose value is not to be repeated
-) -> str:  # one sentence, about the first thing that is wrong
-    "Say in one sentence which field is wrong, what it was, and what it may be."
+    private: Container[str] = (),  # fields whose value must not be repeated
+) -> str:  # one sentence, about the first error
+    "Turn a validation error into one sentence: the field, its value, and what is allowed."
     first = error.errors(include_url=False)[0]
     field = name(_printable(str(first["loc"][0])))
     if first["type"] == "missing":
@@ -138,8 +139,8 @@ def complaint(
     must = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removesuffix(".")
     return f"{field} {must}." if field in private else f"{field} is {_short(repr(first['input']))}: {must}."
 
-def _short(text: str, longest: int = 60) -> str:
-    return text if len(text) <= longest else text[:longest] + "..."
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
 
 def _printable(field: str) -> str:
     "A field's name, escaped if need be: it may hold line ends meant for a log."
@@ -149,8 +150,8 @@ def _printable(field: str) -> str:
 class SettingsError(ValueError):
     "A setting that makes no sense; the message is for the person who set it."
 
-def read_settings() -> Settings:
-    "Read the settings from the environment, or raise `SettingsError` with one sentence."
+def read_settings() -> Settings:  # validated, and immutable
+    "Read the settings from the environment; raises `SettingsError` for an unknown variable or a bad value."
     known = {PREFIX + field.upper() for field in Settings.model_fields}
     for variable in sorted(os.environ):
         if variable.upper().startswith(PREFIX) and variable.upper() not in known | {PREFIX + "DATA"}:
@@ -163,6 +164,6 @@ def read_settings() -> Settings:
 
 # %% ../../nbs/0_core/01_settings.ipynb #7e3ef1be
 @lru_cache(maxsize=1)
-def settings() -> Settings:
-    "The settings of this process."
+def settings() -> Settings:  # the same object at each call
+    "Return the settings of this process, read at the first call; raises `SettingsError`."
     return read_settings()

@@ -30,23 +30,29 @@ if TYPE_CHECKING:  # not needed at a start
 class Timings(dict):
     "Seconds by stage."
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        "Add the seconds spent inside to `name`, also when it ends in an error."
+    def stage(
+        self,
+        name: str,  # of the stage
+    ) -> Iterator[None]:  # a context manager
+        "Add the seconds spent inside to `name`, also when the stage raises."
         start = time.perf_counter()
         try:
             yield
         finally:
             self[name] = self.get(name, 0.0) + time.perf_counter() - start
 
-    def rounded(self, digits: int = 4) -> dict[str, float]:
-        "A plain dict for people and JSON."
+    def rounded(
+        self,
+        digits: int = 4,  # after the decimal point
+    ) -> dict[str, float]:  # seconds by stage
+        "Return a plain dict for people and JSON."
         return {name: round(seconds, digits) for name, seconds in self.items()}
 
 # %% ../../nbs/0_core/02_timing.ipynb #d0c1a5e2
 def mark(
     device: str = "cpu",  # "cpu" or "cuda"
-) -> "float | torch.cuda.Event":
-    "The moment when a device has done all that it was given so far; returns at once."
+) -> "float | torch.cuda.Event":  # for `between`
+    "Mark the moment at which the device has finished all work queued so far; returns at once."
     if device == "cpu":
         return time.perf_counter()
     import torch
@@ -73,14 +79,14 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 def summary(
-    seconds: list[float],
-) -> dict[str, float]:  # "median", "min", "max"
-    "What is quoted of several runs."
+    seconds: list[float],  # one per run, at least one
+) -> dict[str, float]:  # seconds: "median", "min", "max"
+    "Return the figures that are quoted of several runs."
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 def timed(
-    call: Callable[[], object],
-    repeat: int = 5,  # counted calls
+    call: Callable[[], object],  # what to time
+    repeat: int = 5,  # counted calls, at least 1
     warmup: int = 1,  # calls before them
 ) -> dict[str, float]:  # seconds: "median", "min", "max"
     "Time a call several times."
@@ -90,30 +96,30 @@ def timed(
 
 # %% ../../nbs/0_core/02_timing.ipynb #b8be6b3a
 def compare(
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
-    repeat: int = 5,  # counted turns of each
-    warmup: int = 1,  # turns of each that are not counted
-) -> dict[str, object]:  # what `timed` says of "ours" and "theirs", and "ratio" (ours / theirs)
-    "Time two calls in turn."
-    turns = [(_seconds(ours), _seconds(theirs)) for _ in range(warmup + repeat)][warmup:]
-    ours_took, theirs_took = (summary(list(column)) for column in zip(*turns, strict=True))
+    ours: Callable[[], object],  # the numerator of the ratio
+    theirs: Callable[[], object],  # the denominator
+    repeat: int = 5,  # counted runs of each, at least 1
+    warmup: int = 1,  # runs of each that are not counted
+) -> dict[str, object]:  # `timed`'s figures for "ours" and "theirs", and "ratio" (ours / theirs)
+    "Time two calls, interleaved."
+    runs = [(_seconds(ours), _seconds(theirs)) for _ in range(warmup + repeat)][warmup:]
+    ours_took, theirs_took = (summary(list(column)) for column in zip(*runs, strict=True))
     return {"ours": ours_took, "theirs": theirs_took, "ratio": ours_took["median"] / theirs_took["median"]}
 
 # %% ../../nbs/0_core/02_timing.ipynb #d49740d9
 def psnr(
-    ours: "numpy.typing.ArrayLike",  # of 0..255, such as a picture
-    theirs: "numpy.typing.ArrayLike",  # of the same shape
-) -> float:  # dB; infinite for equal ones
+    ours: "numpy.typing.ArrayLike",  # values in 0..255, any shape
+    theirs: "numpy.typing.ArrayLike",  # the same shape
+) -> float:  # dB; infinite for equal pictures
     "Peak signal-to-noise ratio of two pictures."
     import numpy
 
-    off = numpy.mean((numpy.asarray(ours, float) - numpy.asarray(theirs, float)) ** 2)
-    return float(10 * numpy.log10(255**2 / off)) if off else float("inf")
+    error = numpy.mean((numpy.asarray(ours, float) - numpy.asarray(theirs, float)) ** 2)
+    return float(10 * numpy.log10(255**2 / error)) if error else float("inf")
 
 # %% ../../nbs/0_core/02_timing.ipynb #dfe82331
-def machine() -> dict[str, object]:
-    "What a figure was measured on: processor, cores, memory, versions, GPU if torch is loaded and sees one."
+def machine() -> dict[str, object]:  # processor, cores, memory_gb, system, gpu, and versions
+    "Describe this machine; the GPU only if torch is loaded and sees one."
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {
@@ -123,8 +129,8 @@ def machine() -> dict[str, object]:
         "system": platform.system(), "python": platform.python_version(), "gpu": gpu,
         **{name: _version(name) for name in ("torch", "diffusers", "transformers", "runpod")}}
 
-def processor_name() -> str:
-    "The processor's name as Linux tells it; empty where it does not."
+def processor_name() -> str:  # empty if unknown
+    "Return the processor's name from /proc/cpuinfo."
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -140,23 +146,23 @@ def _version(package: str) -> str | None:
 # %% ../../nbs/0_core/02_timing.ipynb #279ed864
 def write_result(
     path: Path,  # such as results/adherence.json; the folder is made
-    figures: dict[str, object],  # what was measured
+    figures: dict[str, object],  # measured values, JSON-serializable
     how: str,  # one sentence: the command, and what was counted
-) -> dict[str, object]:  # what was written
-    "Write figures with the machine and the day that made them, as JSON."
+) -> dict[str, object]:  # the record as written
+    "Write figures as JSON, with the machine and the date."
     record = {"how": how, "date": date.today().isoformat(), "machine": machine(), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
     return record
 
 # %% ../../nbs/0_core/02_timing.ipynb #a1c20f02
 def measured_on(
     record: Mapping[str, Any],  # with "machine", and "date" if it was kept
-    lock: Path | None = None,  # a lock file, such as the image's; its torch is named where it is another
-) -> str:
-    "On what a record was measured: cores, GPU, torch, the torch of a lock file, and the day."
+    lock: Path | None = None,  # a lock file, such as the image's; its torch is named if it differs
+) -> str:  # for a caption
+    "Describe where a record was measured: cores, GPU, torch, the lock file's torch, and the date."
     where = record["machine"]
     torch = f"torch {where['torch']}"
     locked = re.search(r"^torch==([^\s;]+)", lock.read_text(encoding="utf-8"), re.MULTILINE) if lock else None

@@ -137,7 +137,7 @@ def switched(
 ) -> Engine:  # compiled already, where the switch compiles
     "Build an engine with a switch on. Raises `ModelError` with the reason if it cannot be used on this machine."
     chosen = defaults(**{"engine": "pipeline", "device": device} | dict(switch.settings))
-    device, dtype = place(chosen, card.family.half)
+    device, dtype = place(chosen, card.family.gpu_dtype)
     if chosen.engine == "capsule":
         from sdworker.aot.engine import CapsuleEngine, find_capsule
 

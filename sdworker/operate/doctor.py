@@ -139,7 +139,7 @@ def attention(chosen: Settings) -> Finding:
     from sdworker.start.load import place
 
     card = model_card()
-    where = place(chosen, card.family.half)
+    where = place(chosen, card.family.gpu_dtype)
     try:
         denoiser = meta_components(card, where[1])[card.denoiser]
     except NotComputed as error:
@@ -167,7 +167,7 @@ def memory(chosen: Settings) -> Finding:
     try:
         if family is UNKNOWN:
             raise NotComputed(f"{model.pipeline} is not in the table of families")
-        parts = meta_components(model, family.half if chosen.dtype == "auto" else chosen.dtype)
+        parts = meta_components(model, family.gpu_dtype if chosen.dtype == "auto" else chosen.dtype)
         takes = needed(parts, Way(batch, chosen.vae, chosen.offload), side, side, edits=family.edits) + SPARE
         if takes > card["free"]:
             planned = plan(parts, batch, side, side, card["free"], edits=family.edits)
@@ -210,7 +210,7 @@ def capsule(chosen: Settings) -> Finding:
         return ok("capsule", "not wanted: SDWORKER_ENGINE is 'pipeline'.")
     card = model_card()
     try:
-        selection = select_engine(chosen, card, *place(chosen, card.family.half))
+        selection = select_engine(chosen, card, *place(chosen, card.family.gpu_dtype))
     except ModelError as error:
         return Finding("capsule", "fail", str(error), "SDWORKER_ENGINE=auto draws with the pipeline meanwhile.")
     if selection.folder:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from ..build.cache_dirs import usable_caches
-from ..core.checkpoint_files import numbers, weight_files
+from ..core.checkpoint_files import count_parameters, weight_files
 from ..core.model_info import ModelError, Unsuited
 from ..core.settings import SettingsError, settings
 from ..engine.types import Drawn, Engine, OnPicture, Request, prepare
@@ -162,13 +162,13 @@ def _queue_options() -> dict[str, Any]:
 
 # %% ../../nbs/5_serve/08_handler.ipynb #a53eac3c
 def _look_ahead(queue: bool) -> int:
-    "Look at the model's folder and begin to read its weights; how many numbers they are, 0 where some are missing."
+    "Look at the model's folder and begin to read its weights; returns their parameters, 0 if files are missing."
     card = None
     try:
         card = model_card()
         files = weight_files(card.folder)
         prefetch(files)
-        return numbers(files)
+        return count_parameters(files)
     except (ModelError, OSError) as error:
         if getattr(error, "lasting", False) or not (queue or card):
             raise

@@ -143,7 +143,7 @@ def _load(chosen: Settings) -> "Engine":
     LEDGER.lap("check files")
     import_torch(chosen.lean)
     LEDGER.lap("torch")
-    device, dtype = place(chosen, card.family.half)
+    device, dtype = place(chosen, card.family.gpu_dtype)
     LEDGER.lap("device")
     card = replace(card, folder=here.folder if here else resolve(chosen))
     LEDGER.lap("download")
