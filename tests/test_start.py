@@ -175,5 +175,5 @@ def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():
 def test_a_hub_that_does_not_answer(tmp_path):
     nowhere = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     shift = work(OURS, JOBS, nowhere, limit=60)
-    assert_one_sentence(shift, "owner/name is not to be had from the hub", "check the network")
+    assert_one_sentence(shift, "owner/name cannot be fetched from the hub", "check the network")
     assert shift.code is None, "a network may come back"
