@@ -26,7 +26,7 @@ SECRET = "rpa_SECRETKEYOFTHISTEST"
 
 
 class Description:
-    """What RunPod's OpenAPI description says of a request."""
+    """RunPod's OpenAPI description, as a check of requests and answers."""
 
     def __init__(self):
         self.text = json.loads((DATA / "runpod-openapi-v2.json").read_text())
@@ -42,12 +42,12 @@ class Description:
         raise AssertionError(f"{method} {path} is in no description")
 
     def wrong_request(self, method: str, path: str, body: object) -> list[str]:
-        said = self.operation(method, path).get("requestBody")
-        return self.wrong(said["content"]["application/json"]["schema"], body) if said else []
+        request = self.operation(method, path).get("requestBody")
+        return self.wrong(request["content"]["application/json"]["schema"], body) if request else []
 
     def wrong_answer(self, method: str, path: str, status: int, body: object) -> list[str]:
-        said = self.operation(method, path)["responses"][str(status)].get("content")
-        return self.wrong(said["application/json"]["schema"], body) if said else []
+        content = self.operation(method, path)["responses"][str(status)].get("content")
+        return self.wrong(content["application/json"]["schema"], body) if content else []
 
 
 class Account:
@@ -61,29 +61,29 @@ class Account:
     def answer(self, method: str, path: str, body: dict) -> tuple[int, object]:
         if wrong := self.description.wrong_request(method, path, body):
             return 422, {"title": "Unprocessable Entity", "status": 422, "detail": wrong[0]}
-        kind, *name = path.removeprefix("/v2/").split("/")
-        there = self.things[kind]
+        collection, *name = path.removeprefix("/v2/").split("/")
+        existing = self.things[collection]
         if method == "GET" and name[1:] == ["workers"]:
             names = ("running", "idle", "initializing", "throttled", "unhealthy", "total")
             return 200, {"workers": [], "summary": dict.fromkeys(names, 0)}
         if method == "GET":
-            listed = list(there.values())
-            return 200, {kind.replace("serverless", "endpoints"): listed}
+            listed = list(existing.values())
+            return 200, {collection.replace("serverless", "endpoints"): listed}
         if method == "POST":
-            thing = self.made(kind, body) | {"id": f"{kind[:2]}{len(there)}"}
-            there[thing["id"]] = thing
+            thing = self.made(collection, body) | {"id": f"{collection[:2]}{len(existing)}"}
+            existing[thing["id"]] = thing
             return 201, thing
-        if name[0] not in there:
+        if name[0] not in existing:
             return 404, {"title": "Not Found", "status": 404, "detail": "resource not found"}
         if method == "DELETE":
-            return 204, there.pop(name[0]) and None
-        there[name[0]] |= body
-        return 200, there[name[0]]
+            return 204, existing.pop(name[0]) and None
+        existing[name[0]] |= body
+        return 200, existing[name[0]]
 
-    def made(self, kind: str, body: dict) -> dict:
+    def made(self, collection: str, body: dict) -> dict:
         """A thing as RunPod gives it back, with what it fills in."""
         container = {"args": "", "ports": [], "registry": None}
-        if kind == "templates":
+        if collection == "templates":
             more = {"mounts": {}, "public": False, "category": "NVIDIA", "allowedCudaVersions": []}
             return container | more | body
         template = self.things["templates"][body["templateId"]]
@@ -114,15 +114,15 @@ def handler_of(account: Account) -> type:
                 if fault[1] == "hang":
                     return time.sleep(1)
                 return self.send(fault[1], {"title": "Fault", "status": fault[1], "detail": f"planned {SECRET[:4]}"})
-            status, said = account.answer(self.command, path, body)
+            status, answer = account.answer(self.command, path, body)
             if status < 400:
-                account.broken += account.description.wrong_answer(self.command, path, status, said)
-            return self.send(status, said)
+                account.broken += account.description.wrong_answer(self.command, path, status, answer)
+            return self.send(status, answer)
 
         do_GET = do_POST = do_PATCH = do_DELETE = serve
 
-        def send(self, status: int, said: object) -> None:
-            content = b"" if said is None else json.dumps(said).encode()
+        def send(self, status: int, answer: object) -> None:
+            content = b"" if answer is None else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             if status == 429:
@@ -193,14 +193,14 @@ def test_without_a_yes_nothing_is_sent(account):
 
 @pytest.mark.parametrize("preset", ["", *(one["name"] for one in presets())])
 def test_every_preset_is_a_valid_payload(preset):
-    want = deploy.wanted(hub_json(), preset=preset, image="you/sdworker:1")
-    for step in deploy.steps(None, want):
+    spec = deploy.build_spec(hub_json(), preset=preset, image="you/sdworker:1")
+    for step in deploy.steps(None, spec):
         assert Description().wrong_request("POST", f"/v2{step.path}", step.body) == []
 
 
 def test_the_server_would_notice(account):
     """A contract test that accepts anything would be none."""
-    step = deploy.steps(None, deploy.wanted(hub_json(), image="you/sdworker:1"))[1]
+    step = deploy.steps(None, deploy.build_spec(hub_json(), image="you/sdworker:1"))[1]
     wrong = {"workers": {"min": "one"}}
     with deploy.account_of() as http, pytest.raises(deploy.DeployError, match="gave 422"):
         deploy.apply(http, [deploy.Step("endpoint", "create", step.path, step.body | wrong | {"templateId": "te0"})])
@@ -217,13 +217,13 @@ def test_the_dry_run_needs_no_key_and_prints_a_payload_that_runpod_takes():
     assert endpoint["flashboot"] == "FLASHBOOT" and endpoint["workers"] == {"min": 1, "max": 3, "idleTimeout": 5}
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, "the key is not accepted"), (403, "the key may not do that"),
+@pytest.mark.parametrize(("status", "message"), [(401, "the key is not accepted"), (403, "the key may not do that"),
                                               (409, "planned"), (500, "planned")])
-def test_a_refusal_is_told_and_the_next_call_goes_on(account, status, said):
+def test_a_refusal_is_reported_and_the_next_call_goes_on(account, status, message):
     account.faults = [("POST", status)]
     failed = run(account, "--image", "docker.io/you/sdworker:1", "--yes")
     assert failed.exit_code == 1 and f"the template was not created: POST /templates gave {status}" in failed.stderr
-    assert said in failed.stderr and "Traceback" not in failed.output
+    assert message in failed.stderr and "Traceback" not in failed.output
     assert len(written(account)) == 1, "nothing is sent twice that may have been done"
     assert deployed(account) == ["create", "create"]
 
@@ -254,7 +254,7 @@ def test_what_was_interrupted_between_template_and_endpoint_goes_on(account):
 def test_silence_after_a_post_makes_nothing_twice(account):
     account.faults = [("POST", "silence after the deed")]
     failed = run(account, "--image", "docker.io/you/sdworker:1", "--yes")
-    assert "It may have been made all the same: the same command finds out." in failed.stderr
+    assert "It may exist nevertheless: the same command checks." in failed.stderr
     assert deployed(account) == ["keep", "create"]
     assert all(len(things) == 1 for things in account.things.values())
 

@@ -61,7 +61,7 @@ FAULTS = {
     "plain requests over the limit": ("sizes", "fail", "plain requests would be refused", "",
                                       {"SDWORKER_MAX_STEPS": "5"}),
     "no GPU where one is wanted": ("device", "fail", "there is no GPU", "", {"SDWORKER_DEVICE": "cuda"}),
-    "an old driver": ("driver", "fail", "knows CUDA 11.4",
+    "an old driver": ("driver", "fail", "has CUDA 11.4",
                       CARD.format(cuda=11040, free=24e9, capability=(8, 9)), {}),
     "an old card": ("capability", "fail", "compute capability 6.1",
                     CARD.format(cuda=12080, free=24e9, capability=(6, 1)), {"SDWORKER_PROFILE": "guide"}),
@@ -84,9 +84,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault, tmp_path):
-    name, state, said, plant, variables = FAULTS[fault]
+    name, state, message, plant, variables = FAULTS[fault]
     code, findings = call(plant, tmp_path, **variables)
-    assert findings[name]["state"] == state and said in findings[name]["found"], findings[name]
+    assert findings[name]["state"] == state and message in findings[name]["found"], findings[name]
     assert findings[name]["remedy"] and code == (1 if state == "fail" else 0)
 
 
@@ -98,15 +98,15 @@ from sdworker.core.settings import settings
 with contextlib.suppress(NotComputed):
     meta_components(doctor.model_card(), "float32")  # diffusers asks a real card questions when it is imported
 torch.cuda.is_available = lambda: {cuda}
-asked = []
+selected = []
 import sdworker.aot.engine
-sdworker.aot.engine.find_capsule = lambda card, device, dtype, *more: asked.append((device, dtype)) or (None, "")
+sdworker.aot.engine.find_capsule = lambda card, device, dtype, *more: selected.append((device, dtype)) or (None, "")
 import sdworker.aot.selection
 sdworker.aot.selection.capsules_in = lambda places: True
 from sdworker.serve.start_checks import run_check
 looks = {{name: vars(run_check(getattr(doctor, name), settings())) for name in ("memory", "attention")}}
 run_check(doctor.capsule, settings().model_copy(update={{"attention": "sdpa"}}))  # with another none is looked for
-print(json.dumps([looks, asked]))
+print(json.dumps([looks, selected]))
 """
 
 
@@ -122,12 +122,12 @@ def look(folder: Path, cuda: bool, **variables: str) -> tuple[dict[str, dict], l
     "StableDiffusionXLPipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in MINIATURES)])
 def test_every_family_is_looked_at(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
-    findings, asked = look(folder, cuda=True, SDWORKER_ATTENTION="sliced", SDWORKER_MAX_BATCH="2")
+    findings, selected = look(folder, cuda=True, SDWORKER_ATTENTION="sliced", SDWORKER_MAX_BATCH="2")
     family = FAMILIES.get(pipeline)
     batch = min(2, family.batch) if family else 0
-    found = f"{batch} image(s) at once take 1.0" if family else f"not computed for this family: {pipeline} is not in"
-    assert findings["memory"]["state"] == "pass" and findings["memory"]["found"].startswith(found)
-    assert asked == ([["cuda", family.gpu_dtype]] if family and family.compiles else [])
+    expected = f"{batch} image(s) at once take 1.0" if family else f"not computed for this family: {pipeline} is not in"
+    assert findings["memory"]["state"] == "pass" and findings["memory"]["found"].startswith(expected)
+    assert selected == ([["cuda", family.gpu_dtype]] if family and family.compiles else [])
     sliceable = "works" if pipeline.startswith(("Stable", "Latent")) and "3" not in pipeline else "cannot be sliced"
     assert sliceable in findings["attention"]["found"]
     assert "anew" not in json.dumps(findings)
@@ -186,14 +186,14 @@ def test_a_clock_that_is_wrong_is_found(tmp_path):
 
 def test_a_worker_that_is_always_paid_is_told(tmp_path):
     (tmp_path / "hub.json").write_text('{"minWorkers": 2}')
-    assert "keeps 2 worker(s) always there" in call("", tmp_path)[1]["costs"]["found"]
+    assert "keeps 2 worker(s) always on" in call("", tmp_path)[1]["costs"]["found"]
 
 
-@pytest.mark.parametrize(("variables", "said"), [({"SDWORKER_MAX_STEPS": "5"}, "plain requests would be refused"),
+@pytest.mark.parametrize(("variables", "message"), [({"SDWORKER_MAX_STEPS": "5"}, "plain requests would be refused"),
                                                  ({"RUNPOD_WEBHOOK_POST_OUTPUT": ""}, "results would be lost")])
-def test_a_start_that_could_not_answer_ends_before_it_takes_a_job(variables, said):
+def test_a_start_that_could_not_answer_ends_before_it_takes_a_job(variables, message):
     shift = work(OURS, [JOB], variables, limit=60, stop=False)
-    assert shift.code == 1 and shift.taken == {} and said in shift.log, shift.log
+    assert shift.code == 1 and shift.taken == {} and message in shift.log, shift.log
 
 
 def test_the_quick_looks_only_warn_of_what_a_worker_can_live_with(tmp_path):

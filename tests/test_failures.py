@@ -37,19 +37,19 @@ def illegal():
     return error
 
 def unreadable():
-    "An error that tells nothing of the context, which is gone."
+    "An error that does not show that the context is lost."
     patch("torch.cuda.is_initialized", return_value=True).start()
     patch("torch.cuda.synchronize", side_effect=illegal()).start()
     return RuntimeError("run_func_(...) API call failed at model_container_runner.cpp, line 145")
 
 def fail(owner, name, error, first=0, last=10**9):
-    "Have calls of a method fail, from the first to the last of them that is given."
-    whole, calls = getattr(owner, name), []
-    def broken(*given, **more):
+    "Make calls of a method fail, from call number `first` to `last`."
+    original, calls = getattr(owner, name), []
+    def broken(*args, **kwargs):
         calls.append(None)
         if first <= len(calls) - 1 <= last:
             raise error()
-        return whole(*given, **more)
+        return original(*args, **kwargs)
     setattr(owner, name, broken)
 """
 
@@ -70,7 +70,7 @@ def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
                  [job("drawn"), job("lost"), job("third"), job("fourth")], {"SDWORKER_LOAD": "lazy"}, 60, stop=False)
     assert "images" in shift.answers["drawn"].get("output", {}), shift.log
     assert shift.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was encountered)")
-    assert shift.answers["lost"]["stopPod"], "the platform is asked to end this worker"
+    assert shift.answers["lost"]["stopPod"], "the answer asks the platform to end this worker"
     assert set(shift.taken) == {"drawn", "lost"}, "the others are left for another worker"
     assert shift.code, "the process ends by itself, and not as if all were well"
 
@@ -99,13 +99,13 @@ def test_a_batch_that_did_not_fit_is_not_tried_again():
     words = "GET was unable to find an engine to execute this computation"
     code = f"few = lambda: RuntimeError({words!r})\n" \
         "fail(sdworker.engine.pipeline.FamilyEngine, 'decode', few, last=0)\n" \
-        "whole = sdworker.engine.pipeline.FamilyEngine.decode\n" \
+        "original = sdworker.engine.pipeline.FamilyEngine.decode\n" \
         "def counted(self, latents):\n    print('images at once:', len(latents), flush=True)\n" \
-        "    return whole(self, latents)\nsdworker.engine.pipeline.FamilyEngine.decode = counted"
+        "    return original(self, latents)\nsdworker.engine.pipeline.FamilyEngine.decode = counted"
     shift = work(worker(code), [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
                                 job("smaller", num_images=4, width=32, height=32)], {"SDWORKER_LOAD": "lazy"})
     sizes = [int(line.rpartition(" ")[2]) for line in shift.log.splitlines() if line.startswith("images at once")]
-    assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job does not pay for what the first has found out"
+    assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job uses the batch size that the first has learned"
     warnings = {name: [text for text in shift.answers[name]["output"]["warnings"] if "do not fit" in text]
                 for name in shift.answers}
     assert warnings["second"] == ["4 images in one call do not fit into memory, so they are drawn 2 at a time."]
@@ -172,7 +172,7 @@ def test_no_job_makes_the_handler_raise(odd):
 @pytest.mark.parametrize("broken", ["sdworker.serve.handler.note", "sdworker.serve.monitor.gpu_state",
                                     "sdworker.serve.monitor._sum_up"])
 def test_neither_log_nor_monitor_keeps_an_answer_back(monkeypatch, broken):
-    def fail(*given, **more):
+    def fail(*args, **kwargs):
         raise OSError("no space left on device")
     monkeypatch.setattr(broken, fail)
     assert handler({"id": "one", "input": {}})["error"].startswith("prompt is missing")

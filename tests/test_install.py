@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that nothing is left behind in the checkout."""
+    """Built from a copy, so that no file is left in the checkout."""
     where = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "sdworker", where / "source" / "sdworker", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -79,7 +79,7 @@ def test_every_import_is_a_declared_dependency(wheel):
                 if line.startswith("Requires-Dist") and "extra ==" not in line}
     provides = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pynvml": "nvidia-ml-py"}
     declared = {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in declared}
-    declared |= {"matplotlib", "torchmetrics", "torchao"}  # of extras: what wants them says so
+    declared |= {"matplotlib", "torchmetrics", "torchao"}  # of extras, which their users name
     needed = {provides.get(name, name).replace("_", "-") for name in imported - sys.stdlib_module_names - {"sdworker"}}
     assert needed <= declared, f"not in settings.ini: {needed - declared}"
 
@@ -91,12 +91,12 @@ def test_locks_fit_the_requirements(lock, sets):
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     files = [ROOT / ".runpod" / f"{name}.lock" for name in ("worker", lock)]  # the tests' lock comes on top
     lines = [line for file in files for line in file.read_text().splitlines()[1:]]
-    form = re.compile(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}  # \d+ bytes, unpacked \d+")
-    assert all(form.fullmatch(line) for line in lines)
+    pattern = re.compile(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}  # \d+ bytes, unpacked \d+")
+    assert all(pattern.fullmatch(line) for line in lines)
     locked = dict(line.split(" ")[0].split("==") for line in lines)
     for part in sets:
-        for wanted in map(Requirement, settings["DEFAULT"][f"{part}requirements"].split()):
-            assert locked[canonicalize_name(wanted.name)] in wanted.specifier, f"{wanted} is not what is locked"
+        for requirement in map(Requirement, settings["DEFAULT"][f"{part}requirements"].split()):
+            assert locked[canonicalize_name(requirement.name)] in requirement.specifier, f"{requirement} is not locked"
 
 
 def test_the_lock_is_tried_with_its_own_python_only(monkeypatch):

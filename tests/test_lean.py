@@ -1,4 +1,4 @@
-"""A worker's quick imports beside libraries that nobody thought of."""
+"""A worker's fast imports with libraries that the stand-ins do not expect."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_library_that_imports_the_compiler_changes_no_picture(needs, tmp_path,
     answers, log = handled("embedded", {"one": {}}, PYTHONPATH=installed(
         tmp_path, "torchvision", f"import torch\n{NEEDS[needs]}\n{TORCHVISION}"))
     assert np.array_equal(pixels(answers["one"])[0], plain) and answers["one"]["warnings"] == []
-    tried_again = "an import failed beside stand-ins" in log and "SDWORKER_LEAN=off" in log
+    tried_again = "an import failed with stand-ins" in log and "SDWORKER_LEAN=off" in log
     assert tried_again == (needs == "what a stand-in has otherwise"), log
 
 

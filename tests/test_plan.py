@@ -33,41 +33,41 @@ def broken_rule(outcome: Outcome) -> str:
         return "a request was never taken up, or before it came"
     if abs(sum(one.busy for one in workers) - load.seconds.sum()) > 1e-6 * max(load.seconds.sum(), 1):
         return "work was lost or done twice"
-    moments = sorted([(one.ended, -1) for one in workers] + [(one.begun, 1) for one in workers])
-    if max(np.cumsum([step for _, step in moments])) > own.most:
+    moments = sorted([(one.ended, -1) for one in workers] + [(one.started, 1) for one in workers])
+    if max(np.cumsum([step for _, step in moments])) > own.max_workers:
         return "more workers at once than allowed"
     flex = [one for one in workers if not one.active]
-    least = sum(one.boot + one.busy for one in flex) + own.idle * len(flex)
-    return "" if sum(one.ended - one.begun for one in flex) >= least - 1e-6 else "a worker went before its time"
+    minimum = sum(one.boot + one.busy for one in flex) + own.idle * len(flex)
+    return "" if sum(one.ended - one.started for one in flex) >= minimum - 1e-6 else "a worker went before its time"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (2, 1.2), (4, 2.8), (8, 6.0)])
 def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
-    waits = [simulate(Endpoint(workers, workers, turn=0), poisson(86400, seconds, days=5, seed=seed)).wait.mean()
-             for seed in range(4)]
+    endpoint = Endpoint(workers, workers, poll_seconds=0)
+    waits = [simulate(endpoint, poisson(86400, seconds, days=5, seed=seed)).wait.mean() for seed in range(4)]
     assert abs(sum(waits) / 4 / erlang_wait(workers, 1, seconds) - 1) < 0.02
 
 
 @pytest.mark.parametrize("idle", [1, 5, 60, 300])
 @pytest.mark.parametrize("an_hour", [6, 60, 600])
 def test_one_worker_that_comes_and_goes_is_as_computed(an_hour, idle):
-    """From one idle moment to the next: how many requests it serves, and how long it is gone; requests at random."""
-    endpoint, rate, seconds = Endpoint(0, 1, idle, turn=0, cold=20, spread=0), an_hour / 3600, 4.0
+    """From one idle moment to the next: requests served, and time without a worker; random arrivals."""
+    endpoint, rate, seconds = Endpoint(0, 1, idle, poll_seconds=0, cold=20, spread=0), an_hour / 3600, 4.0
     load = poisson(24 * an_hour, seconds, days=10_000 / 24 / an_hour, seed=1)
     outcome = simulate(endpoint, Load(load.arrivals, np.full(len(load.arrivals), seconds), load.images))
-    gone = math.exp(-rate * idle)  # the share of gaps that are longer than the idle timeout
-    served = (1 + rate * endpoint.cold * gone) / (1 - rate * seconds)
-    there = sum(one.ended - one.begun for one in outcome.workers) / len(load.arrivals)
-    assert abs(outcome.cold.mean() - gone / served) < 0.02
-    assert abs(there / (1 / rate - gone / rate / served) - 1) < 0.03
+    no_arrival = math.exp(-rate * idle)  # the share of gaps that are longer than the idle timeout
+    served = (1 + rate * endpoint.cold * no_arrival) / (1 - rate * seconds)
+    alive = sum(one.ended - one.started for one in outcome.workers) / len(load.arrivals)
+    assert abs(outcome.cold.mean() - no_arrival / served) < 0.02
+    assert abs(alive / (1 / rate - no_arrival / rate / served) - 1) < 0.03
 
 
 def test_the_rules_hold_for_settings_of_all_kinds_and_can_be_broken():
     rng, loads = np.random.default_rng(1), (poisson(5000, 4, 0.2, burst=5), poisson(3000, 20, 0.2, swing=1))
     for _ in range(20):
-        least = int(rng.integers(0, 3))
-        endpoint = Endpoint(least, least + int(rng.integers(1, 4)), float(rng.choice([0, 1, 30])), 4.0,
+        minimum = int(rng.integers(0, 3))
+        endpoint = Endpoint(minimum, minimum + int(rng.integers(1, 4)), float(rng.choice([0, 1, 30])), 4.0,
                             [None, 1, 3][rng.integers(3)], cold=float(rng.choice([0, 5, 60])))
         for load in loads:
             assert not (broken := broken_rule(simulate(endpoint, load))), (broken, endpoint)
@@ -105,9 +105,9 @@ def test_a_day_of_a_hundred_thousand_requests_keeps_every_rule():
 def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
     command = [sys.executable, "-m", "sdworker.cli.main", "plan", "--trace", str(TRACE), "--grid", "default",
                "--goal", "p95<30s", "--json"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["recommendation"]["wait_p95"] < 30 and found["ratio"] < 0.6 and len(found["grid"]) == 60
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["recommendation"]["wait_p95"] < 30 and result["ratio"] < 0.6 and len(result["grid"]) == 60
     record = json.loads((Path(__file__).parent.parent / "results" / "plan-trace.json").read_text())
     for name, value in record["recommendation"].items():
-        assert found["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
+        assert result["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
     assert not broken_rule(simulate(Endpoint(), read_trace(TRACE)))

@@ -26,8 +26,8 @@ def started(model: object, command: list[str] = OURS, **options) -> Shift:
 
 def assert_one_sentence(shift: Shift, *words: str) -> None:
     assert "first" in shift.answers, shift.log
-    said = shift.answers["first"]["error"]
-    assert all(word in said for word in words) and "\n" not in said, said
+    error = shift.answers["first"]["error"]
+    assert all(word in error for word in words) and "\n" not in error, error
     assert "Traceback" not in shift.log
 
 
@@ -44,9 +44,9 @@ CUT = """
 import sdworker.serve.handler, pathlib, sys
 look = sdworker.serve.handler._look_ahead
 def cut_after(queue):
-    found, weights = look(queue), pathlib.Path(sys.argv[1])
+    result, weights = look(queue), pathlib.Path(sys.argv[1])
     weights.write_bytes(weights.read_bytes()[:-1000])
-    return found
+    return result
 sdworker.serve.handler._look_ahead = cut_after
 from sdworker.cli.main import app
 app(["start"])
@@ -98,22 +98,22 @@ def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
 
 VANISHING = """
 import sdworker.serve.handler, sdworker.start.load, pathlib, sys
-there = pathlib.Path(sys.argv[1])
-away = there.with_name("away")
+folder = pathlib.Path(sys.argv[1])
+away = folder.with_name("away")
 place = sdworker.start.load.place
-def unmounted(*asked):  # after the files were looked at, before they are read
+def unmounted(*args):  # after the files were checked, before they are read
     if away.exists():
         raise SystemError("placed again while the folder is away")
-    there.rename(away)
-    return place(*asked)
+    folder.rename(away)
+    return place(*args)
 sdworker.start.load.place = unmounted
 handler = sdworker.serve.handler.handler
 def and_back(job):
-    found = handler(job)
-    if "error" in found:
-        away.rename(there)
+    result = handler(job)
+    if "error" in result:
+        away.rename(folder)
         sdworker.start.load.place = place
-    return found
+    return result
 sdworker.serve.handler.handler = and_back
 sdworker.serve.handler.start()
 """
@@ -132,10 +132,10 @@ import sdworker.serve.handler
 come = sys.argv[1:]
 handler = sdworker.serve.handler.handler
 def mounted_after(job):
-    found = handler(job)
-    if "error" in found:
+    result = handler(job)
+    if "error" in result:
         shutil.copytree(*come)
-    return found
+    return result
 sdworker.serve.handler.handler = mounted_after
 sdworker.serve.handler.start()
 """
@@ -149,21 +149,21 @@ def test_a_small_file_that_is_missing_is_named_too(model, file):
 
 
 def test_a_folder_that_comes_late(tmp_path):
-    late = tmp_path / "volume" / "model"
-    shift = started(late, [sys.executable, "-c", LATE, str(EMBEDDED), str(late)])
-    assert_one_sentence(shift, str(late), "no such folder")
+    folder = tmp_path / "volume" / "model"
+    shift = started(folder, [sys.executable, "-c", LATE, str(EMBEDDED), str(folder)])
+    assert_one_sentence(shift, str(folder), "no such folder")
     assert "output" in shift.answers["second"]
 
 
-@pytest.mark.parametrize(("typo", "said"), [
+@pytest.mark.parametrize(("typo", "message"), [
     ("embeded", "give `embedded`, a folder, or a model id like owner/name"),
     ("./models/sdxl", "there is no such folder"),
 ])
-def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, said):
+def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, message):
     shift = started(typo, stop=False)
     assert shift.code == 1 and shift.answers == {}, "the jobs stay in the queue"
     line, = [line for line in shift.log.splitlines() if line.startswith("sdworker: ")]
-    assert repr(typo) in line and said in line and "Traceback" not in shift.log
+    assert repr(typo) in line and message in line and "Traceback" not in shift.log
 
 
 def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():

@@ -324,16 +324,16 @@ def _planned(lab, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_j
     for key, equals, _ in pairs:
         if not (key and equals):
             raise lab.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
-    image = options["image"] or (lab.image_there(http, options["name"]) if http else "")
+    image = options["image"] or (lab.current_image(http, options["name"]) if http else "")
     if not image and not dry_run:
         raise lab.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
                               "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
-    spec = lab.wanted(_read(hub, lab.DeployError), options["name"], image, options["preset"],
-                      {key: value for key, _, value in pairs}, **options["scaling"])
+    spec = lab.build_spec(_read(hub, lab.DeployError), options["name"], image, options["preset"],
+                          {key: value for key, _, value in pairs}, **options["scaling"])
     todo = lab.steps(http, spec)
     report = lab.record(todo, spec)
     if not as_json:
-        typer.echo("\n".join(lab.told(todo, spec)))
+        typer.echo("\n".join(lab.describe(todo, spec)))
     if not dry_run and any(step.verb != "keep" for step in todo):
         _sure(yes, "Do that?")
         report["made"] = lab.apply(http, todo)

@@ -23,7 +23,7 @@ _SMALL = ("Tokenizer", "Scheduler", "Processor", "Extractor")  # in the names of
 def has_weights(
     class_name: str,  # of a component
 ) -> bool:  # False: it has only configuration files
-    "Tell by its class whether a component has weights."
+    "Return whether a component has weights, judging by its class."
     return not any(word in class_name for word in _SMALL)
 
 def components(

@@ -35,7 +35,7 @@ _MEMORY_IS_OUT = (
 def memory_is_out(
     error: BaseException,  # from any library
 ) -> bool:  # False also for causes of a `ModelError`
-    "Tell whether an error, or one of its causes, means that the device has no memory left."
+    "Return whether an error, or one of its causes, means that the device has no memory left."
     return any(isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and any(
         words in str(cause) for words in _MEMORY_IS_OUT)) for cause in _causes_before_ours(error))
 
