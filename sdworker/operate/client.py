@@ -185,34 +185,20 @@ class _Connection:
 # %% ../../nbs/6_operate/02_client.ipynb #58041c23
 class Client(_Connection):
     "An endpoint; all methods raise `ClientError`, and several threads may call them."
-    def run(
-        self,
-        payload: dict[str, Any],  # the request, without the enclosing "input"
-    ) -> Job:  # with its id
+    def run(self, payload: dict[str, Any]) -> Job:  # payload: the request, without the enclosing "input"
         "Put a job into the queue."
         return job_of(send(self._http, "POST", "/run", {"input": payload}))
 
-    def runsync(
-        self,
-        payload: dict[str, Any],  # the request, without the enclosing "input"
-        seconds: float = 600,  # to wait in each call
-    ) -> Job:  # with its output
+    def runsync(self, payload: dict[str, Any], seconds: float = 600) -> Job:  # seconds: limit of each call
         "Put a job into the queue and wait until it is done."
         job = job_of(send(self._http, "POST", "/runsync", {"input": payload}, seconds))
         return job if job.done else self.wait(job.id, seconds)
 
-    def status(
-        self,
-        job: str,  # id
-    ) -> Job:  # with its output, if it is done
+    def status(self, job: str) -> Job:  # job: id
         "Return the state of a job."
         return job_of(self._query("status", job))
 
-    def wait(
-        self,
-        job: str,  # id
-        seconds: float = 600,  # at most
-    ) -> Job:  # with its output
+    def wait(self, job: str, seconds: float = 600) -> Job:  # job: id; seconds: limit
         "Poll until a job is done, every 0.4 to 2 s, below RunPod's rate limit."
         end, interval = time.monotonic() + seconds, 0.25
         while not (state := self.status(job)).done:
@@ -221,10 +207,7 @@ class Client(_Connection):
             time.sleep(interval := min(interval * 1.5, 2.0))
         return state
 
-    def stream(
-        self,
-        job: str,  # id
-    ) -> Iterator[Any]:  # outputs of the handler
+    def stream(self, job: str) -> Iterator[Any]:  # job: id
         "Iterate over the pieces that a job returns, until it has ended."
         status = ""
         while status not in FINAL:
@@ -234,9 +217,6 @@ class Client(_Connection):
             yield from (piece.get("output") for piece in answer.get("stream", []))
             status = answer.get("status", "")
 
-    def cancel(
-        self,
-        job: str,  # id
-    ) -> Job:  # with its new state
+    def cancel(self, job: str) -> Job:  # job: id
         "Cancel a job."
         return job_of(send(self._http, "POST", f"/cancel/{quote(job, safe='')}"))

@@ -221,6 +221,7 @@ def start(
                        "SDWORKER_LOAD=background, unless other workers should take the job meanwhile.")
     return ok("start", "the model loads while the SDK starts.")
 
+# %% ../../nbs/6_operate/05_doctor.ipynb #aa1270b8
 def capsule(
     chosen: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
@@ -266,6 +267,7 @@ def bucket(
         return Finding("bucket", "fail", f"{host} does not answer: {error}", f"See whether {BUCKET[0]} is right.")
     return ok("bucket", f"{host} answers.")
 
+# %% ../../nbs/6_operate/05_doctor.ipynb #6d8d7b67
 def clock(
     chosen: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
