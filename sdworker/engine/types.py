@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 # %% ../../nbs/2_engine/01_types.ipynb #76bdf7a4
 def _prompts(value: Any) -> list[str]:
     prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("should be text, or a list of texts")
     if not prompts:
         raise ValueError("should not be empty; say what to draw")
@@ -42,10 +42,11 @@ def valid_unicode(
     return text
 
 def _seeds(value: Any) -> Any:
-    for seed in value if isinstance(value, list) else [value]:
+    seeds = list(value) if isinstance(value, list | tuple) else value
+    for seed in seeds if isinstance(seeds, list) else [seeds]:
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
             raise ValueError("should be a whole number from 0 to 4294967295, or a list of them")
-    return value
+    return seeds
 
 def _sampler(value: Any) -> Any:
     return sampler_named(value) if isinstance(value, str) else value
