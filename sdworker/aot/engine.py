@@ -128,7 +128,7 @@ _SPOKEN = {"layout": "version of sdworker", "torch": "version of torch", "archit
 
 # %% ../../nbs/3_aot/02_engine.ipynb #71482954
 def find_capsule(
-    card: ModelCard,
+    card: ModelCard,  # the model
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     places: Iterable[Path],  # folders of capsules
@@ -245,16 +245,20 @@ class CapsuleEngine:
         return _call(self, part, [tensor.contiguous() for tensor in tensors])
 
     def encode(self, specs, params):
+        "Embed the prompts of a batch."
         self.failed_allocations = _failed_allocations(self.device)  # once for each batch
         return encode_texts(self, specs, params)
 
     def denoise(self, encoded, specs, params, on_step=None):
+        "Draw the latents of a batch."
         return denoise_by_table(self, encoded, specs, params, on_step)
 
     def decode(self, latents):
+        "Decode latents to pixels, uint8 (n, height, width, 3)."
         return self.run("vae", latents)[0].cpu().numpy()
 
     def route(self, params, images):
+        "Choose the engine for a batch, with a warning for the answer. Raises `Unsuited`."
         if reason := beyond(self, params, images):
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the pipeline.")
         return self, []
@@ -276,9 +280,9 @@ def _call(engine: CapsuleEngine, part: str, tensors: list[torch.Tensor]) -> list
 # %% ../../nbs/3_aot/02_engine.ipynb #14799887
 @torch.inference_mode()
 def encode_texts(
-    engine: CapsuleEngine,
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
+    engine: CapsuleEngine,  # an open engine
+    specs: Sequence[ImageSpec],  # one for each image
+    params: SamplingParams,  # size, steps, sampler and guidance, for all images
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
     "Embed the prompts of a batch, and the negative prompts if guidance needs them."
     texts = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs if _guided(engine, params)]
@@ -298,11 +302,11 @@ def _guided(engine: CapsuleEngine, params: SamplingParams) -> int:
 # %% ../../nbs/3_aot/02_engine.ipynb #591d0db4
 @torch.inference_mode()
 def denoise_by_table(
-    engine: CapsuleEngine,
-    encoded: Encoded,
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
-    on_step: OnStep | None = None,
+    engine: CapsuleEngine,  # an open engine
+    encoded: Encoded,  # from `encode`
+    specs: Sequence[ImageSpec],  # one for each image
+    params: SamplingParams,  # size, steps, sampler and guidance, for all images
+    on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
 ) -> torch.Tensor:  # latents
     "Denoise from pure noise with the compiled denoiser and a sampler's table."
     about, guided = engine.about, iter(range(_guided(engine, params)))
@@ -335,7 +339,7 @@ def _conditioning(name: str, engine: CapsuleEngine, encoded: Encoded, params: Sa
 # %% ../../nbs/3_aot/02_engine.ipynb #67e25710
 def beyond(
     engine: CapsuleEngine,  # its ranges and tables are used
-    params: SamplingParams,
+    params: SamplingParams,  # size, steps, sampler and guidance, for all images
     images: int,  # in one call
 ) -> str:  # a sentence without its full stop; empty: it is supported
     "Why a capsule does not support a request."
@@ -377,6 +381,7 @@ class CapsuleFirst:
         return self._pipeline
 
     def route(self, params: SamplingParams, images: int) -> tuple[Engine, list[str]]:
+        "Choose the engine for a batch, with a warning for the answer. Raises `Unsuited`."
         if not (reason := beyond(self.capsule, params, images)):
             return self.capsule, []
         _log_once(f"{reason}; the pipeline draws such requests")

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/3_aot/04_export.ipynb #e6e05b44
 def package(
-    part: torch.nn.Module,
+    part: torch.nn.Module,  # is exported, and not changed
     given: tuple[Any, ...],  # arguments of a call
     to: Path,  # .pt2
     shapes: Any = None,  # which of their dimensions are left open; None: none
@@ -77,7 +77,7 @@ def why_not_opened(
 
 # %% ../../nbs/3_aot/04_export.ipynb #fcde0826
 def compile_part(
-    part: torch.nn.Module,
+    part: torch.nn.Module,  # is exported, and not changed
     inputs: list[list[Any]],  # of each: dtype and dimensions
     bounds: dict[str, list[int]],  # of each name: least, most, multiple
     to: Path,  # .pt2

@@ -27,7 +27,7 @@ def defaults(
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #c7386840
 def pipeline_for(
-    chosen: Settings,
+    chosen: Settings,  # of the worker
     card: ModelCard,  # the model's folder, family and defaults
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"

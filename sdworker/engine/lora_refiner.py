@@ -203,8 +203,9 @@ class Refiner:
             requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def split(self, params: SamplingParams) -> tuple[int, int]:
-        "Steps of the base, and of the refiner."
+    def split(self, params: SamplingParams,  # steps, sampler and the share of the base
+              ) -> tuple[int, int]:  # steps of the base, and of the refiner
+        "Divide the steps between base and refiner."
         scheduler = scheduler_for(self.base.scheduler, params.sampler)
         scheduler.set_timesteps(params.steps)
         trained = scheduler.config.num_train_timesteps

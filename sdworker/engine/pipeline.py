@@ -46,8 +46,8 @@ def sibling(
 # %% ../../nbs/2_engine/04_pipeline.ipynb #af6fc2a2
 def arguments(
     family: Family,  # its row has the name of the guidance argument
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
+    specs: Sequence[ImageSpec],  # one for each image
+    params: SamplingParams,  # size, steps, sampler and guidance, for all images
 ) -> dict[str, Any]:  # by the pipeline's names; one that lacks some of them cannot take the request as it is
     "The keyword arguments of a pipeline's call."
     kwargs: dict[str, Any] = {
@@ -73,8 +73,8 @@ def arguments(
 def run_pipeline(
     pipe: "DiffusionPipeline",  # of any class; it is not changed
     family: Family,  # the row of its class, or `UNKNOWN`
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
+    specs: Sequence[ImageSpec],  # one for each image
+    params: SamplingParams,  # size, steps, sampler and guidance, for all images
     on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
 ) -> torch.Tensor:  # uint8 (n, height, width, 3)
     "Draw by one call of a pipeline. Raises `Unsuited` if it does not take an argument of the request."

@@ -598,7 +598,7 @@ def _part(path: Path, again: bool = False) -> Path:
 
 def again(
     path: Path,  # of a record of the processor's suite
-    suite: Mapping[str, Callable[[], Any]],
+    suite: Mapping[str, Callable[[], Any]],  # measurements by name
     only: str,  # in the names of the rows
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, in all, current one
 ) -> dict[str, Any] | None:  # the record; None: a row has failed once, and the next call tries it again

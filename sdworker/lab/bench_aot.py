@@ -113,7 +113,7 @@ def plot_starts(
 def per_image(
     ours: "Engine",  # for the ratio's numerator
     theirs: "Engine",  # for the ratio's denominator
-    params: "SamplingParams",
+    params: "SamplingParams",  # size, steps, sampler and guidance, for all images
     batches: tuple[int, ...] = (1, 4),  # images in one call
     repeat: int = 5,  # measurements of each
 ) -> dict[str, Any]:  # by batch, as from `compare`: seconds of the batch

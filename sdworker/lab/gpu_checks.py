@@ -485,18 +485,18 @@ def checks(
 
     report = Report(setup, "gpu-check", only)
 
-    def run(name: str, check: Callable[..., Any], *arguments: Any, needs: float = 5, most: float = math.inf,
+    def run(name: str, check: Callable[..., Any], *arguments: Any, needs: float = 5, limit: float = math.inf,
             dry: bool = True, **named: Any) -> None:
         if dry or not setup.dry or only:  # what compiles takes minutes on a processor
-            report.part(name, lambda: check(setup, *arguments, **named), min(needs, 5) if setup.dry else needs, most)
+            report.part(name, lambda: check(setup, *arguments, **named), min(needs, 5) if setup.dry else needs, limit)
     slow = [name for name in SWITCHES if name.startswith(("compile", "capsule"))]
     run("machine", machine_tools)
-    run("rates", rates, most=60)
+    run("rates", rates, limit=60)
     for dtype in formats(setup):
-        run(f"pictures in {dtype}", pictures, dtype, most=90)
-    run("against the processor", against_processor, most=90)
-    run("alone and in a batch", alone_and_in_a_batch, most=60)
-    run("attention", attention, most=60)
+        run(f"pictures in {dtype}", pictures, dtype, limit=90)
+    run("against the processor", against_processor, limit=90)
+    run("alone and in a batch", alone_and_in_a_batch, limit=60)
+    run("attention", attention, limit=60)
     run("worker", worker, needs=20)
     run("doctor", doctor)
     run("memory, fraction", full_memory, "fraction")
@@ -510,8 +510,8 @@ def checks(
             SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
     for name in SWITCHES:
         if name not in slow:
-            run(f"switch {name}", switch, name, most=45)
-    run("refiner, offload", refiner_offload, most=60)
+            run(f"switch {name}", switch, name, limit=45)
+    run("refiner, offload", refiner_offload, limit=60)
     run("worker, regional", worker, 120, 3, True, SDWORKER_COMPILE="regional", needs=60, dry=False)
     for name in slow:
         run(f"switch {name}", switch_apart, name, needs=60, dry=False)

@@ -308,8 +308,8 @@ def headline(
 def _measure(report: Report, model: Path, aot: Path | None) -> None:
     "Run all parts of the stage."
     setup, request = report.setup, image_request(report.setup.dry)
-    report.part("rates", lambda: matmul_rates(setup.device, *((256, 2) if setup.dry else ())), most=60)
-    report.part("operations", lambda: image_operations(model, request["width"], request["steps"]), most=60)
+    report.part("rates", lambda: matmul_rates(setup.device, *((256, 2) if setup.dry else ())), limit=60)
+    report.part("operations", lambda: image_operations(model, request["width"], request["steps"]), limit=60)
     quick = [way for way, needs in WAYS.items() if needs < 100]
     for name in [*quick, "jobs", *(way for way in WAYS if way not in quick)]:
         if name == "jobs":

@@ -188,7 +188,7 @@ class Report(_Record):
         name: str,  # in the record
         call: Callable[[], Any],  # returns a value for JSON
         needs: float = 5.0,  # expected seconds; with less time left the part is skipped
-        most: float = math.inf,  # time limit in seconds
+        limit: float = math.inf,  # time limit in seconds
     ) -> Any:  # the result of `call`, of this or an earlier call; None: it was skipped or failed
         "Run a part unless it has a result or there is too little time, and write the record."
         earlier, left = self.parts.get(name, {}), self.setup.seconds_left()
@@ -204,7 +204,7 @@ class Report(_Record):
             return self.write()
         begun = time.perf_counter()
         try:
-            with time_limit(min(most, left + 15)):
+            with time_limit(min(limit, left + 15)):
                 entry = {"result": call()}
         except (Exception, SystemExit) as error:
             entry = {"error": f"{type(error).__name__}: {error}"[:2000], "tries": tries + 1,
