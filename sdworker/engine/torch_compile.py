@@ -251,6 +251,30 @@ def _warmup_inputs(card: ModelCard, mode: str) -> list[tuple[str, int]]:
     flat = max(1, round(0.75 * card.side / card.multiple)) * card.multiple
     return [("", card.side)] + [("a large red star on a blue background " * 4, flat)] * (mode in ("regional", "cached"))
 
+# %% ../../nbs/2_engine/14_torch_compile.ipynb #972c7978
+def _draw(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
+    "Draw two steps for each number of images and each of the sizes that the mode needs."
+    for images, (prompt, height) in product(batches, _warmup_inputs(engine.card, mode)):
+        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refine_from=1.0,
+                 width=engine.card.side, height=height)
+
+def _compile(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
+    "Compile at the first calls, and nothing afterwards."
+    from torch._dynamo.utils import counters
+    from torch._inductor.runtime import cache_dir_utils
+
+    counts = counters["inductor"]
+    missed = counts["fxgraph_cache_miss"]
+    if mode == "cached":
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    remove_half_files(Path(cache_dir_utils.cache_dir()))
+    torch.compiler.set_stance("default")
+    with quoted_libraries(), torch._inductor.config.patch(host_options()):
+        _draw(engine, mode, batches)
+    torch.compiler.set_stance("eager_on_recompile")  # of the whole process
+    if mode == "cached" and counts["fxgraph_cache_miss"] > missed:
+        log.warning("not all of the code was in %s, and was compiled anew; fill it again", cache_folder())
+
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #f46663da
 def prepare(
     engine: PipelineEngine,  # after `use_compile`
@@ -276,29 +300,6 @@ def prepare(
         log.warning("not compiled: %s", reason)
         engine.warnings.append(f"SDWORKER_COMPILE is {mode!r}, which failed: {reason}")
     return time.perf_counter() - start
-
-def _draw(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
-    "Draw two steps for each number of images and each of the sizes that the mode needs."
-    for images, (prompt, height) in product(batches, _warmup_inputs(engine.card, mode)):
-        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refine_from=1.0,
-                 width=engine.card.side, height=height)
-
-def _compile(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
-    "Compile at the first calls, and nothing afterwards."
-    from torch._dynamo.utils import counters
-    from torch._inductor.runtime import cache_dir_utils
-
-    counts = counters["inductor"]
-    missed = counts["fxgraph_cache_miss"]
-    if mode == "cached":
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
-    remove_half_files(Path(cache_dir_utils.cache_dir()))
-    torch.compiler.set_stance("default")
-    with quoted_libraries(), torch._inductor.config.patch(host_options()):
-        _draw(engine, mode, batches)
-    torch.compiler.set_stance("eager_on_recompile")  # of the whole process
-    if mode == "cached" and counts["fxgraph_cache_miss"] > missed:
-        log.warning("not all of the code was in %s, and was compiled anew; fill it again", cache_folder())
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #9bc7a54b
 def fill_cache(

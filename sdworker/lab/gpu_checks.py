@@ -356,6 +356,7 @@ else:
 print("opened")
 """
 
+# %% ../../nbs/8_lab/10_gpu_checks.ipynb #89e4b5c9
 def _outcome(ended: Any) -> str:
     "What became of a process that compiles and opens."
     return "opened" if ended.out.endswith("opened\n") else f"{'not ' * (not ended.out)}compiled; {ended.reason()}"
@@ -484,7 +485,6 @@ def checks(
     from sdworker.lab.quality import SWITCHES
 
     report = Report(setup, "gpu-check", only)
-
     def run(name: str, check: Callable[..., Any], *arguments: Any, needs: float = 5, limit: float = math.inf,
             dry: bool = True, **named: Any) -> None:
         if dry or not setup.dry or only:  # what compiles takes minutes on a processor

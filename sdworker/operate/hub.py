@@ -87,7 +87,7 @@ NO_INPUT = {
     "quantize": "the image has neither torchao nor bitsandbytes",
     "make_capsule": "the image has no C++ compiler and no CUDA headers",
     "engine": "the image has a capsule only if it is built with CAPSULE, for a GPU on a base with CUDA's toolkit",
-    "compile": "the image has a compiler, and a cache of its work, only if it is built with COMPILE_CACHE"}
+    "compile": "the image has a compiler only if it is built with COMPILE_CACHE; `cuda-graph` is not tested yet"}
 SHOWN_FIRST = ("profile", "model", "max_images", "max_side")  # the others are under "advanced"
 _OF_PROFILES = {name for values in PROFILES.values() for name in values}
 
