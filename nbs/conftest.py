@@ -14,7 +14,8 @@ os.environ["SDWORKER_CAPSULES"] = str(Path(__file__).parent.parent / "out" / "no
 
 
 COMPILING = ("2_engine/14_torch_compile", "8_lab/07_break_even")  # what they show cannot be had without a compiler
-SLOW = (*COMPILING, "8_lab/10_gpu_checks", "8_lab/11_gpu_headline")  # the last two: the GPU programme, dry
+SLOW = (*COMPILING, "8_lab/04_coldstart", "8_lab/05_bench", "8_lab/08_plan_vs_real", "8_lab/10_gpu_checks",
+        "8_lab/11_gpu_headline")  # benchmarks in small, and the GPU programme, dry
 
 
 def pytest_collection_modifyitems(items):

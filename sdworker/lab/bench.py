@@ -549,9 +549,10 @@ def _transformer(device: str, tiny: bool, turns: int) -> dict[str, Any]:
 
 # %% ../../nbs/8_lab/05_bench.ipynb #e5d10002
 SECONDS = {
-    "roofline": 40, "switch channels last": 40, "switch compile: regional": 120, "batch": 75, "memory": 60,
-    "transformer": 60, "switch quantize: int8": 40, "switch quantize: fp8": 40, "switch bfloat16": 40,
-    "switch DPM++ 2M, 12 steps": 40, "switch guidance to 60 %": 40, "switch step cache: 2": 40,
+    "roofline": 40, "switch channels last": 40, "switch compile: cuda-graph": 50,
+    "switch compile: regional": 120, "batch": 75, "memory": 60, "transformer": 60, "switch quantize: int8": 40,
+    "switch quantize: fp8": 40, "switch bfloat16": 40, "switch DPM++ 2M, 12 steps": 40,
+    "switch guidance to 60 %": 40, "switch step cache: 2": 40,
     "switch compile: cached": 220, "switch compile: reduce-overhead": 300,
     "switch VAE sliced": 60, "switch VAE tiled": 70, "switch attention: sliced": 90,
     "switch offload: model": 60, "switch attention: xformers": 40,
