@@ -5,26 +5,26 @@
 #   docker build -t sdworker --build-arg BAKE=0 .           without a model
 #   docker build -t sdworker --secret id=hf_token,src=$HOME/.cache/huggingface/token \
 #       --build-arg MODEL_ID=... --build-arg MODEL_REVISION=... .                         a gated model
-#   docker build -t sdworker --build-arg CAPSULE=cpu .      with the model compiled
-#   docker build -t sdworker --build-arg CAPSULE=cuda --build-arg BASE_IMAGE=... .    for the GPU that the build sees
+#   docker build -t sdworker --build-arg AOT=cpu .      with the model compiled
+#   docker build -t sdworker --build-arg AOT=cuda --build-arg BASE_IMAGE=... .    for the GPU that the build sees
 #   docker build -t sdworker --build-arg COMPILE_CACHE=cpu .    with a cache for torch.compile; cuda: for that GPU
 #
-# CAPSULE=cuda needs CUDA's headers, which the base below lacks: BASE_IMAGE must have apt-get, Python 3.11 as python3,
-# and the toolkit of CUDA 12.8. It is shipped with all that is in it. CAPSULE=cpu takes the base as it is.
+# AOT=cuda needs CUDA's headers, which the base below lacks: BASE_IMAGE must have apt-get, Python 3.11 as python3,
+# and the toolkit of CUDA 12.8. It is shipped with all that is in it. AOT=cpu takes the base as it is.
 #
 # `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
 
 ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
 ARG MODEL_REVISION=462165984030d82259a11f4367a4eed129e94a7b
-# Components and LoRAs from elsewhere, as in SDWORKER_EXTRAS
-ARG EXTRAS=
+# Components and LoRAs from elsewhere, as in SDWORKER_ADDONS
+ARG ADDONS=
 # The scale at which LoRAs among them are added into the weights; empty: they stay adapters
 ARG FUSE_LORAS=
 # 0: no model in the image; the worker takes RunPod's cached model, or one on a volume, or fetches it
 ARG BAKE=1
 # What the model is compiled for: cpu, or cuda where the build sees the GPU; empty: not at all
-ARG CAPSULE=
+ARG AOT=
 # The same for torch.compile's cache (SDWORKER_COMPILE=cached), which brings a C++ compiler into the image
 ARG COMPILE_CACHE=
 
@@ -79,15 +79,15 @@ RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore-glob='nbs/8_lab/04_*
 # The model, fetched or half fetched in a cache that outlives the build, then copied, checked, compiled if that is
 # wanted, and parted into layers. The only stage with a compiler, unless COMPILE_CACHE is set.
 FROM deps AS bake
-ARG CAPSULE
+ARG AOT
 ARG COMPILE_CACHE
 # hadolint ignore=DL3008
-RUN if [ -n "$CAPSULE$COMPILE_CACHE" ]; then \
+RUN if [ -n "$AOT$COMPILE_CACHE" ]; then \
         apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && rm -r /var/lib/apt/lists/*; \
     fi
 ARG MODEL_ID
 ARG MODEL_REVISION
-ARG EXTRAS
+ARG ADDONS
 ARG FUSE_LORAS
 ARG BAKE
 ARG LAYER_BYTES=3000000000
@@ -99,24 +99,24 @@ ENV HF_HOME=/build/cache/huggingface \
     TRITON_CACHE_DIR=/opt/compiled/triton \
     XDG_CACHE_HOME=/build/cache \
     TMPDIR=/build/tmp \
-    SDWORKER_CAPSULES=/opt/compiled/capsules \
+    SDWORKER_AOT_DIR=/opt/compiled/aot \
     SDWORKER_BAKED=/baked/model
 COPY --from=test /tests-passed /tests-passed
 COPY --from=test /opt/sdworker /opt/sdworker
 RUN --mount=type=secret,id=hf_token --mount=type=cache,target=/build/cache \
-    mkdir -p "$TMPDIR" "$SDWORKER_CAPSULES" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR" \
+    mkdir -p "$TMPDIR" "$SDWORKER_AOT_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR" \
         /layers/0 /layers/1 /layers/2 /layers/3 /layers/4 /layers/5 /layers/6 /layers/7 \
     && case "$BAKE" in \
-    0)  [ -z "$CAPSULE$COMPILE_CACHE" ] \
-            || { echo "CAPSULE or COMPILE_CACHE is set, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \
+    0)  [ -z "$AOT$COMPILE_CACHE" ] \
+            || { echo "AOT or COMPILE_CACHE is set, and BAKE is 0: there is no model to compile." >&2; exit 1; } ;; \
     1)  expr "$MODEL_REVISION" : '[0-9a-f]\{40\}$' > /dev/null \
             || { echo "MODEL_REVISION is '$MODEL_REVISION'; it should be a full commit." >&2; exit 1; } \
-        && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$EXTRAS/model" \
+        && cached="/build/cache/baked/$MODEL_ID@$MODEL_REVISION/$ADDONS/model" \
         && HF_TOKEN_PATH=/run/secrets/hf_token sdworker bake "$MODEL_ID" --revision "$MODEL_REVISION" \
-            --extras "$EXTRAS" --to "$cached" \
+            --addons "$ADDONS" --to "$cached" \
         && sdworker bake "$cached" --to "$SDWORKER_BAKED" ${FUSE_LORAS:+--fuse-loras "$FUSE_LORAS"} \
         && export SDWORKER_MODEL="$MODEL_ID" SDWORKER_OFFLINE=1 \
-        && if [ -n "$CAPSULE" ]; then sdworker bake --capsule --device "$CAPSULE"; fi \
+        && if [ -n "$AOT" ]; then sdworker bake --aot --device "$AOT"; fi \
         && if [ -n "$COMPILE_CACHE" ]; then sdworker bake --compile-cache --device "$COMPILE_CACHE"; fi \
         && python -m sdworker.build.layers "$SDWORKER_BAKED" /layers 8 "$LAYER_BYTES" ;; \
     *)  echo "BAKE is $BAKE; it should be 1 or 0." >&2 && exit 1 ;; \
@@ -143,7 +143,7 @@ COPY --from=bake /layers/7/ /model/
 COPY --from=bake /opt/compiled/ /opt/compiled/
 COPY --from=test /opt/sdworker /opt/sdworker
 ARG MODEL_ID
-ARG EXTRAS
+ARG ADDONS
 ARG BAKE
 ENV HF_HOME=/cache/huggingface \
     HF_HUB_CACHE=/cache/huggingface/hub \
@@ -152,14 +152,14 @@ ENV HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/opt/compiled/triton \
     XDG_CACHE_HOME=/cache \
     TMPDIR=/tmp \
-    SDWORKER_CAPSULES=/opt/compiled/capsules \
+    SDWORKER_AOT_DIR=/opt/compiled/aot \
     SDWORKER_BAKED=/model \
     SDWORKER_VOLUME=/runpod-volume
 ENV PATH=/opt/sdworker/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/sdworker \
     PYTHONUNBUFFERED=1 \
     SDWORKER_MODEL=$MODEL_ID \
-    SDWORKER_EXTRAS=$EXTRAS \
+    SDWORKER_ADDONS=$ADDONS \
     SDWORKER_OFFLINE=$BAKE \
     HF_HUB_OFFLINE=$BAKE
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["sdworker", "verify", "--quick"]

@@ -5,7 +5,7 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-slow test-all lint lock lock-test hub capsule in-step image-test embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test test-slow test-all lint lock lock-test hub aot in-step image-test embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,16 +25,16 @@ demo: venv  ## start the worker, send it six requests, leave pictures in out/dem
 test: venv lint  ## the notebooks and tests that a change needs (ten minutes on two cores at most)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow and not image'
 
-test-slow: venv capsule  ## the others: compilers, families in detail, quality gates, the site
+test-slow: venv aot  ## the others: compilers, families in detail, quality gates, the site
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'slow and not image'
 
 test-all: test test-slow  ## every notebook and every test but the image's
 
-capsule: venv  ## compile the embedded model for the slow tests, twice (four minutes, once; needs g++)
-	@why=$$($(PY) -c "from sdworker.aot.export import why_not; print(why_not())") && if [ -z "$$why" ]; then \
-		for bits in off int8; do SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_CAPSULES=out/capsules \
-			SDWORKER_QUANTIZE=$$bits $(PY) -m sdworker.cli.main bake --capsule || exit 1; done; \
-	else echo "what needs a capsule is skipped: $$why"; fi
+aot: venv  ## compile the embedded model for the slow tests, twice (four minutes, once; needs g++)
+	@why=$$($(PY) -c "from sdworker.aot.export import missing_toolchain; print(missing_toolchain())") && if [ -z "$$why" ]; then \
+		for bits in off int8; do SDWORKER_MODEL=embedded SDWORKER_DEVICE=cpu SDWORKER_AOT_DIR=out/aot \
+			SDWORKER_QUANTIZE=$$bits $(PY) -m sdworker.cli.main bake --aot || exit 1; done; \
+	else echo "what needs an AOT package is skipped: $$why"; fi
 
 lint: venv  ## ruff over notebooks, tests and scripts
 	$(PY) -m ruff check .

@@ -19,7 +19,7 @@ from typing import Any
 
 from sdworker.core.timing import psnr, write_result
 from sdworker.embedded.shapes import judge
-from sdworker.lab.queue_server import work
+from sdworker.lab.queue_server import run_workers
 from sdworker.serve.image_io import from_data_uri
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +30,10 @@ TESTS = ("families", "addons", "lean", "noise")
 PROMPT = "a large red star on a blue background"
 IMPORT = """
 import sys, time
-from sdworker.start.fast_imports import lean, whole_torch
-whole_torch()
+from sdworker.start.fast_imports import complete_torch_import, fast_import_mode
+complete_torch_import()
 start = time.perf_counter()
-with lean(keep=sys.argv[1:]):
+with fast_import_mode(keep=sys.argv[1:]):
     from diffusers import StableDiffusionXLPipeline
 print(time.perf_counter() - start)
 """
@@ -90,13 +90,14 @@ def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: 
     "Start the worker with two jobs at the queue and check both pictures; what it warned of, and its first picture."
     print(f"drawing: {what}", flush=True)
     jobs = [{"id": f"job-{seed}", "input": {"prompt": PROMPT, "seed": seed}} for seed in (7, 8)]
-    shift = work([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli.main", "start"], jobs,
-                 {"PYTHONPATH": python_path(path), "SDWORKER_CAPSULES": str(AOT)} | environment, 300)
-    answers = [shift.answers.get(job["id"], {}).get("output", {}) for job in jobs]
+    worker_run = run_workers([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli.main", "start"], jobs,
+                             {"PYTHONPATH": python_path(path), "SDWORKER_AOT_DIR": str(AOT)} | environment, 300)
+    answers = [worker_run.answers.get(job["id"], {}).get("output", {}) for job in jobs]
     pictures = [from_data_uri(answer["images"][0]) for answer in answers if "images" in answer]
     right = len(pictures) == 2 and all(all(judge(picture, PROMPT).values()) for picture in pictures)
-    if not right or says not in shift.log:
-        sys.exit(f"{shift.log}\ndocs/lock_test.py: {what} did not draw what was asked for, or did not log {says!r}")
+    if not right or says not in worker_run.log:
+        sys.exit(f"{worker_run.log}\ndocs/lock_test.py: {what} did not draw what was asked for, or did not "
+                 f"log {says!r}")
     return {"warnings": answers[0]["warnings"]}, pictures[0]
 
 
@@ -105,8 +106,8 @@ def compile_ahead() -> float:
     print("compiling the embedded model ahead of time", flush=True)
     shutil.rmtree(AOT, ignore_errors=True)
     begin = time.perf_counter()
-    run(PYTHON, "-W", "ignore", "-m", "sdworker.cli.main", "bake", "--capsule", "--device", "cpu",
-        SDWORKER_CAPSULES=str(AOT))
+    run(PYTHON, "-W", "ignore", "-m", "sdworker.cli.main", "bake", "--aot", "--device", "cpu",
+        SDWORKER_AOT_DIR=str(AOT))
     return time.perf_counter() - begin
 
 
@@ -141,10 +142,10 @@ def main() -> None:
     seconds = compile_ahead()
     workers, pictures = {}, {}
     for what, options in {
-            "diffusers": {"SDWORKER_ENGINE": "pipeline"}, "ahead of time": {"SDWORKER_ENGINE": "capsule"},
+            "diffusers": {"SDWORKER_ENGINE": "diffusers"}, "ahead of time": {"SDWORKER_ENGINE": "aot"},
             "profile guide": {"SDWORKER_PROFILE": "guide", "says": "Loading model..."},
-            "SDWORKER_LEAN=off": {"SDWORKER_ENGINE": "pipeline", "SDWORKER_LEAN": "off"},
-            "torchvision beside it": {"SDWORKER_ENGINE": "pipeline", "path": (BESIDE,)}}.items():
+            "SDWORKER_LEAN=off": {"SDWORKER_ENGINE": "diffusers", "SDWORKER_LEAN": "off"},
+            "torchvision beside it": {"SDWORKER_ENGINE": "diffusers", "path": (BESIDE,)}}.items():
         workers[what], pictures[what] = draw(what, **options)
     apart = {what: min(psnr(picture, pictures["diffusers"]), 99.0) for what, picture in pictures.items()}
     if min(apart.values()) < 40:

@@ -1,4 +1,4 @@
-"""Lets nbval and nbdev agree on what a clean notebook is, and gives notebooks a capsule to draw with."""
+"""Lets nbval and nbdev agree on what a clean notebook is, and gives notebooks an AOT package to draw with."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
     if name != "SDWORKER_DATA":
         del os.environ[name]  # notebooks and tests run with default settings, whatever the shell has
-os.environ["SDWORKER_CAPSULES"] = str(Path(__file__).parent.parent / "out" / "no-capsules")  # nor what it has compiled
+os.environ["SDWORKER_AOT_DIR"] = str(Path(__file__).parent.parent / "out" / "no-aot")  # nor what it has compiled
 
 
 COMPILING = ("2_engine/14_torch_compile", "8_lab/07_break_even")  # what they show cannot be had without a compiler
@@ -19,7 +19,7 @@ SLOW = (*COMPILING, "8_lab/04_coldstart", "8_lab/05_bench", "8_lab/08_plan_vs_re
 
 
 def pytest_collection_modifyitems(items):
-    capsule = list(Path(__file__).parent.parent.glob("out/capsules/*/capsule.json"))
+    packages = list(Path(__file__).parent.parent.glob("out/aot/*/aot.json"))
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is None:
@@ -31,10 +31,10 @@ def pytest_collection_modifyitems(items):
         if re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
             item.options["skip"] = True
         name = str(item.parent.path.relative_to(Path(__file__).parent).with_suffix(""))
-        with_capsule = "../out/capsules" in item.parent.path.read_text(encoding="utf-8")
-        if with_capsule or name in SLOW:
+        with_package = "../out/aot" in item.parent.path.read_text(encoding="utf-8")
+        if with_package or name in SLOW:
             item.add_marker(pytest.mark.slow)
-        if with_capsule and not capsule:
-            item.add_marker(pytest.mark.skip(reason="there is no capsule; `make capsule` makes one with g++"))
+        if with_package and not packages:
+            item.add_marker(pytest.mark.skip(reason="there is no AOT package; `make aot` makes one with g++"))
         if name in COMPILING and not shutil.which(os.environ.get("CXX", "g++")):
             item.add_marker(pytest.mark.skip(reason="there is no C++ compiler"))

@@ -16,13 +16,13 @@ from handled import handled, pixels
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdworker.aot.engine import capsule_key
+from sdworker.aot.engine import package_key
 from sdworker.aot.selection import unsupported_by_aot
 from sdworker.build.manifest import read_manifest, verify
-from sdworker.core.model_info import EMBEDDED, ModelError, read_card
+from sdworker.core.model_info import EMBEDDED, ModelError, read_model_info
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature, with_refiner
-from sdworker.engine.build_pipeline import defaults, pipeline_for
+from sdworker.engine.build_pipeline import build_pipeline, defaults
 from sdworker.engine.generate import generate
 from sdworker.engine.lora_refiner import add_lora
 from sdworker.engine.pipeline import FamilyEngine
@@ -67,7 +67,7 @@ def test_a_transformer_in_eight_bits(tmp_path):
 
 
 def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_job_that_failed(tmp_path):
-    engine = FamilyEngine(read_card(miniature("FluxPipeline", tmp_path / "flux")))
+    engine = FamilyEngine(read_model_info(miniature("FluxPipeline", tmp_path / "flux")))
     assert use_step_cache(engine, 2) == ""
     usual = generate(engine, "a red star", seed=7, steps=8).pictures[0].image
     assert generate(engine, "a red star", seed=7, steps=8, image=usual).pictures
@@ -82,8 +82,9 @@ def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_jo
 
 @pytest.mark.parametrize("family", ["FluxPipeline", "QwenImagePipeline"])  # diffusers has none for SD 3.5
 def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
-    card, asked = read_card(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7, "steps": 12}
-    plain, kept = FamilyEngine(card), FamilyEngine(card)
+    model, asked = read_model_info(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7,
+                                                                            "steps": 12}
+    plain, kept = FamilyEngine(model), FamilyEngine(model)
     assert use_step_cache(kept, 2) == ""
     distance = psnr(*(generate(engine, **asked).pictures[0].image for engine in (plain, kept)))
     assert SWITCHES["step cache: 2"].min_psnr < distance < float("inf")
@@ -94,7 +95,7 @@ def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
     ("QwenImagePipeline", "{}.lora_{}.weight", "transformer_blocks.0.attn.to_q"),
     ("ZImagePipeline", "diffusion_model.{}.lora_{}.weight", "layers.0.attention.to_q")])
 def test_a_lora_of_a_transformer_keeps_its_alpha(family, spelling, layer, tmp_path):
-    pipe = FamilyEngine(read_card(miniature(family, tmp_path / "model"))).pipe
+    pipe = FamilyEngine(read_model_info(miniature(family, tmp_path / "model"))).pipe
     path, weight = tmp_path / "one.safetensors", pipe.transformer.get_submodule(layer).weight
     before, width = weight.clone(), weight.shape[1]
     a, b = (spelling.format(layer, part) for part in "AB")
@@ -108,7 +109,7 @@ def test_a_lora_of_a_transformer_keeps_its_alpha(family, spelling, layer, tmp_pa
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
 def test_a_lora_of_stable_diffusion_3_has_its_alpha_in_the_notes_or_is_refused(alpha, tmp_path):
-    pipe = FamilyEngine(read_card(miniature("StableDiffusion3Pipeline", tmp_path / "model"))).pipe
+    pipe = FamilyEngine(read_model_info(miniature("StableDiffusion3Pipeline", tmp_path / "model"))).pipe
     path, layer = tmp_path / "one.safetensors", "transformer_blocks.0.attn.to_q"
     weight = pipe.transformer.get_submodule(layer).weight
     tensors = {f"transformer.{layer}.lora_A.weight": torch.ones(2, weight.shape[1]),
@@ -129,7 +130,7 @@ def test_a_lora_of_stable_diffusion_3_has_its_alpha_in_the_notes_or_is_refused(a
     ("PixArtSigmaPipeline", "cannot be read as a LoRA for PixArtSigmaPipeline"),
     ("StableDiffusionPipeline", "is for another model: unet.down_blocks.1.")])
 def test_a_lora_that_no_layer_is_for_is_refused(family, why, tmp_path):
-    pipe = FamilyEngine(read_card(miniature(family, tmp_path / "model"))).pipe
+    pipe = FamilyEngine(read_model_info(miniature(family, tmp_path / "model"))).pipe
     save_file(LORA, path := tmp_path / "one.safetensors")
     with pytest.raises(ModelError, match=f"one.safetensors {re.escape(why)}"):
         add_lora(pipe, path)
@@ -140,14 +141,14 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
     (folder / "loras").mkdir()
     save_file(LORA, folder / "loras" / "one.safetensors")
     asked = PLAIN["plain"]
-    jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refine_from": 1.0},
-            "end": asked | {"refine_from": 0.8, "guidance_end": 0.5}, "ended": asked | {"guidance_end": 0.5}}
+    jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refiner_start": 1.0},
+            "end": asked | {"refiner_start": 0.8, "guidance_stop": 0.5}, "ended": asked | {"guidance_stop": 0.5}}
     answers, log = handled(folder, jobs)
-    assert "LoRA one.safetensors: 1 layers, scale 1" in log and "stand-ins" not in log
+    assert "LoRA one.safetensors: 1 layers, scale 1" in log and "stubs" not in log
     assert log.rpartition("imported:")[2].split() == ["peft", "diffusers"], "and not the compiler"
     refined, unwanted, base = (pixels(answers[name])[0] for name in ("refined", "unwanted", "base"))
     assert np.abs(refined - base).max() > 0 and np.abs(refined - unwanted).max() > 0
-    assert answers["end"]["error"].startswith("refine_from is 0.8: it is for a model with a refiner")
+    assert answers["end"]["error"].startswith("refiner_start is 0.8: it is for a model with a refiner")
     assert (pixels(answers["ended"])[0] != base).any() and answers["ended"]["warnings"] == [], "the base draws alone"
     without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
     assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
@@ -159,8 +160,8 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
     (style := tmp_path / "style").mkdir()
     (tmp_path / "style.safetensors").rename(style / "style.safetensors")
     with Hub({"shapes/embedded": EMBEDDED, "owner/style": style}) as hub:
-        extras = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
-        command = [sys.executable, "-m", "sdworker.cli.main", "bake", "shapes/embedded", "--extras", extras, "--to"]
+        addons = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
+        command = [sys.executable, "-m", "sdworker.cli.main", "bake", "shapes/embedded", "--addons", addons, "--to"]
         here = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
         beside, fused = tmp_path / "beside", tmp_path / "fused"
         for more in ([beside], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):
@@ -173,9 +174,10 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
     assert "peft" not in log.rpartition("imported:")[2] and drawn["plain"]["warnings"] == []
     drawn, adapter = (pixels(answers["plain"])[0] for answers in (drawn, adapter))
     assert psnr(drawn, adapter) > 50 > psnr(drawn, usual)
-    cards = [read_card(folder) for folder in (beside, fused)]
-    assert [unsupported_by_aot(defaults(), card) != "" for card in cards] == [True, False], "compiled code may draw"
-    assert capsule_key(cards[1])["model"] == capsule_key(read_card(EMBEDDED))["model"], "any that fits the plain model"
+    models = [read_model_info(folder) for folder in (beside, fused)]
+    assert [unsupported_by_aot(defaults(), model) != "" for model in models] == [True, False], "compiled code may draw"
+    assert package_key(models[1])["model"] == package_key(read_model_info(EMBEDDED))["model"], (
+        "any that fits the plain model")
 
 
 def test_a_fused_lora_has_no_scale_to_set():
@@ -185,13 +187,13 @@ def test_a_fused_lora_has_no_scale_to_set():
 
 
 def test_a_refiner_that_was_not_baked_is_missed_in_a_sentence():
-    answers, _ = handled("embedded", {"refined": PLAIN["plain"] | {"refine_from": 0.8}})
-    assert answers["refined"]["error"].startswith("refine_from is 0.8: it is for a model with a refiner")
+    answers, _ = handled("embedded", {"refined": PLAIN["plain"] | {"refiner_start": 0.8}})
+    assert answers["refined"]["error"].startswith("refiner_start is 0.8: it is for a model with a refiner")
 
 
 def test_a_refiner_has_the_switches_of_its_base(tmp_path):
-    card = read_card(with_refiner(tmp_path / "model"))
-    engine = pipeline_for(defaults(attention="sliced", channels_last=True), card)
+    model = read_model_info(with_refiner(tmp_path / "model"))
+    engine = build_pipeline(defaults(attention="sliced", channels_last=True), model)
     for unet in (engine.pipe.unet, engine.refine.pipe.unet):
         assert {type(one).__name__ for one in unet.attn_processors.values()} == {"SlicedAttnProcessor"}
         assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -199,23 +201,23 @@ def test_a_refiner_has_the_switches_of_its_base(tmp_path):
 
 @pytest.fixture
 def offloaded(monkeypatch):
-    """An engine as for a card, whose hooks move weights from the processor to the processor."""
+    """An engine as for a GPU, whose hooks move weights from the processor to the processor."""
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         enable = getattr(DiffusionPipeline, name)
         monkeypatch.setattr(DiffusionPipeline, name, lambda pipe, device, enable=enable: enable(pipe, device="cpu"))
     by_layer = accelerate.cpu_offload  # which takes diffusers' "cpu:0" for another device than "cpu"
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, _, **more: by_layer(model, "cpu", **more))
 
-    def build(card, dtype="float32", **settings):
-        engine = pipeline_for(defaults(**settings), card, "cuda", dtype)
+    def build(model, dtype="float32", **settings):
+        engine = build_pipeline(defaults(**settings), model, "cuda", dtype)
         engine.device = "cpu"  # whose clock times the stages
         return engine
     return build
 
 
 @pytest.fixture
-def on_card(monkeypatch):
-    """The networks that hooks have on the card at each call of one, by the hooks' own rule."""
+def on_gpu(monkeypatch):
+    """The networks that hooks have on the GPU at each call of one, by the hooks' own rule."""
     now, moments = [], []
 
     def comes(hook, network, *given, **named):
@@ -232,8 +234,8 @@ def on_card(monkeypatch):
     return moments
 
 
-def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tmp_path, offloaded, on_card):
-    engine = offloaded(read_card(with_refiner(tmp_path / "model")), offload="model")
+def test_base_and_refiner_take_turns_on_the_gpu_even_after_a_job_that_failed(tmp_path, offloaded, on_gpu):
+    engine = offloaded(read_model_info(with_refiner(tmp_path / "model")), offload="model")
     assert engine.warnings == []
 
     def stop(done, total):
@@ -243,11 +245,11 @@ def test_base_and_refiner_take_turns_on_the_card_even_after_a_job_that_failed(tm
             generate(engine, "a red star", seed=7, steps=10, on_step=on_step)
         except KeyError:
             assert on_step
-    drawn = {id(network) for moment in on_card for network in moment}
+    drawn = {id(network) for moment in on_gpu for network in moment}
     assert {id(engine.pipe.unet), id(engine.refine.pipe.unet), id(engine.pipe.vae)} < drawn
     texts = {id(engine.pipe.text_encoder), id(engine.pipe.text_encoder_2)}  # which diffusers has there together
-    together = [moment for moment in on_card if len(moment) > 1 and not set(map(id, moment)) <= texts]
-    assert not together, "two at a time are what a small card has no room for"
+    together = [moment for moment in on_gpu if len(moment) > 1 and not set(map(id, moment)) <= texts]
+    assert not together, "two at a time are what a small GPU has no room for"
 
 
 @pytest.mark.slow
@@ -258,11 +260,11 @@ def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_t
     save_file(LORA, folder / "loras" / "one.safetensors")
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))  # as SDXL's own
-    card, dtype = read_card(folder), "float16"
-    whole = pipeline_for(defaults(vae="tiled"), card, dtype=dtype)
-    moved = offloaded(card, dtype, vae="tiled", offload=offload)
+    model, dtype = read_model_info(folder), "float16"
+    whole = build_pipeline(defaults(vae_decode="tiled"), model, dtype=dtype)
+    moved = offloaded(model, dtype, vae_decode="tiled", offload=offload)
     picture = Image.new("RGB", (64, 64), "red")
-    for asked in ({}, {"image": picture}, {"image": picture, "mask": Image.new("L", (64, 64), 255)}, {"n": 2}):
+    for asked in ({}, {"image": picture}, {"image": picture, "mask_image": Image.new("L", (64, 64), 255)}, {"n": 2}):
         usual, same = (generate(engine, "a red star", seed=7, steps=10, **asked).pictures for engine in (whole, moved))
         assert all(psnr(one.image, other.image) > 50 for one, other in zip(usual, same, strict=True)), asked
         assert moved.pipe.vae.dtype == torch.float32, "half precision overflows there"
@@ -272,9 +274,9 @@ def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_t
 
 
 def test_a_refiner_has_as_few_bits_as_its_base_and_is_not_compiled(tmp_path):
-    card = read_card(with_refiner(tmp_path / "model"))
-    engine = pipeline_for(defaults(quantize="int8"), card)
+    model = read_model_info(with_refiner(tmp_path / "model"))
+    engine = build_pipeline(defaults(quantize="int8"), model)
     base, refiner = (type(one.pipe.unet.mid_block.attentions[0].proj_in.weight) for one in (engine, engine.refine))
     assert base is refiner is not torch.nn.Parameter and engine.warnings == []
     assert generate(engine, "a red star", seed=7, steps=10).warnings == []
-    assert "not used for the refiner" in " ".join(pipeline_for(defaults(compile="regional"), card).warnings)
+    assert "not used for the refiner" in " ".join(build_pipeline(defaults(compile="regional"), model).warnings)

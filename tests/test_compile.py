@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature
-from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 from sdworker.engine.pipeline import FamilyEngine
 from sdworker.engine.torch_compile import is_compiled, prepare, use_compile, why_not_compiled
-from sdworker.lab.queue_server import work
+from sdworker.lab.queue_server import run_workers
 from sdworker.serve.image_io import from_data_uri
 
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
@@ -45,14 +45,14 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("other", [{}, {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}], ids=["here", "older"])
 def test_a_cache_draws_on_every_processor_of_its_kind(cache, other):
     """For torch's own key a processor without AVX-512 is the same, and code for one that has it draws noise there."""
-    shift = work(OURS, [job("first")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache),
-                                        "SDWORKER_MAX_BATCH": "1"} | other, limit=400)
-    log = shift.log
-    assert "output" in shift.answers["first"], (shift.answers, log)
-    first = shift.answers["first"]["output"]
+    worker_run = run_workers(OURS, [job("first")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(cache),
+                                                    "SDWORKER_MAX_BATCH": "1"} | other, limit=400)
+    log = worker_run.log
+    assert "output" in worker_run.answers["first"], (worker_run.answers, log)
+    first = worker_run.answers["first"]["output"]
     assert log.index("compiled in") < log.index("job first:"), log
     assert first["warnings"] == []
-    plain = generate(PipelineEngine(read_card(EMBEDDED)), PROMPT, seed=7).pictures[0].image
+    plain = generate(DiffusersEngine(read_model_info(EMBEDDED)), PROMPT, seed=7).pictures[0].image
     assert psnr(from_data_uri(first["images"][0]), plain) > 40
     assert "failed" not in log and "compiled anew" not in log, log
 
@@ -80,13 +80,13 @@ sdworker.serve.handler.start()
 
 @pytest.mark.parametrize("load", ["background", "lazy"])
 def test_the_first_job_is_drawn_by_compiled_code(load, tmp_path):
-    shift = work([sys.executable, "-c", COUNTED], [job("first")], {
+    worker_run = run_workers([sys.executable, "-c", COUNTED], [job("first")], {
         "SDWORKER_COMPILE": "regional", "SDWORKER_MAX_BATCH": "1", "SDWORKER_LOAD": load,
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}, limit=400)
-    log = shift.log
-    assert "output" in shift.answers["first"] and shift.answers["first"]["output"]["warnings"] == [], log
-    card, blocks = read_card(EMBEDDED), 6
-    assert f"calls of compiled code: {blocks * card.steps}\n" in log, log
+    log = worker_run.log
+    assert "output" in worker_run.answers["first"] and worker_run.answers["first"]["output"]["warnings"] == [], log
+    model, blocks = read_model_info(EMBEDDED), 6
+    assert f"calls of compiled code: {blocks * model.steps}\n" in log, log
     assert log.count("compiled in") == 1
     if load == "lazy":
         assert log.index("Started.") < log.index("compiled in") < log.index("the first job waited") < log.index(
@@ -99,12 +99,12 @@ def test_the_first_job_is_drawn_by_compiled_code(load, tmp_path):
 
 @pytest.mark.parametrize("family", ["StableDiffusion3Pipeline", "ZImagePipeline"])  # names no blocks; grows
 def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
-    engine = FamilyEngine(read_card(miniature(family, tmp_path / "model")))
+    engine = FamilyEngine(read_model_info(miniature(family, tmp_path / "model")))
     jobs = [{"prompt": PROMPT}, {"prompt": f"{PROMPT}, with {PROMPT}", "width": 64, "height": 48},
             {"prompt": PROMPT, "image": Image.new("RGB", (64, 48), "red")}]
     plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
-    assert use_compile(engine.pipe, "regional", engine.card) == "" and prepare(engine) and engine.warnings == []
-    assert bool(why_not_compiled("reduce-overhead", engine.card, "cpu", "float32")) == engine.card.family.grows
+    assert use_compile(engine.pipe, "regional", engine.model) == "" and prepare(engine) and engine.warnings == []
+    assert bool(why_not_compiled("reduce-overhead", engine.model, "cpu", "float32")) == engine.model.family.grows
     assert is_compiled(engine.pipe.transformer)
     with torch.compiler.set_stance("fail_on_recompile"):
         for usual, job in zip(plain, jobs, strict=True):
@@ -115,18 +115,19 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
 def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name):
     made = json.loads((cache / "sdworker.json").read_text())
     (tmp_path / "sdworker.json").write_text(json.dumps(made | {name: "of another kind"}))
-    shift = work(OURS, [job("only")], {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-                                       "SDWORKER_MAX_BATCH": "1"})
-    answer = shift.answers["only"]["output"]
+    worker_run = run_workers(OURS, [job("only")],
+                             {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+                                                   "SDWORKER_MAX_BATCH": "1"})
+    answer = worker_run.answers["only"]["output"]
     assert len(answer["images"]) == 1
     assert any(f"was made for {name}" in warning for warning in answer["warnings"]), answer["warnings"]
-    assert "compiled in" not in shift.log
+    assert "compiled in" not in worker_run.log
 
 
 ONE_THREAD = """
 import threading
 import sdworker.serve.handler, sdworker.start.load
-pipeline_for = sdworker.start.load.pipeline_for
+build_pipeline = sdworker.start.load.build_pipeline
 
 def drawn(module, call):
     from torch._inductor import cudagraph_trees as graphs
@@ -136,13 +137,13 @@ def drawn(module, call):
 
 def watched(*given, **more):
     print("seen load", threading.get_ident(), flush=True)
-    engine = pipeline_for(*given, **more)
+    engine = build_pipeline(*given, **more)
     engine.pipe.unet.register_forward_pre_hook(drawn)
     import torch
     compiler = torch.compile  # of which the first half, that traces, is enough here
     torch.compile = lambda module, mode, fullgraph: compiler(module, fullgraph=fullgraph, backend="eager")
     return engine
-sdworker.start.load.pipeline_for = watched
+sdworker.start.load.build_pipeline = watched
 sdworker.serve.handler.start()
 """
 
@@ -151,11 +152,11 @@ sdworker.serve.handler.start()
 def test_one_thread_loads_and_compiles_and_draws(load):
     "A CUDA graph that was recorded in another thread cannot be replayed, and a new size not be recorded."
     odd = {"id": "odd", "input": {"prompt": [PROMPT] * 3, "guidance_scale": 1.0, "num_inference_steps": 2}}
-    shift = work([sys.executable, "-c", ONE_THREAD], [job("first"), odd, job("last")], {
+    worker_run = run_workers([sys.executable, "-c", ONE_THREAD], [job("first"), odd, job("last")], {
         "SDWORKER_COMPILE": "reduce-overhead", "SDWORKER_MAX_BATCH": "3",
         "SDWORKER_LOAD": load}, limit=500)
-    log = shift.log
-    assert all("output" in answer and answer["output"]["warnings"] == [] for answer in shift.answers.values()), log
+    log = worker_run.log
+    assert all("output" in answer and answer["output"]["warnings"] == [] for answer in worker_run.answers.values()), log
     seen = [line.split()[1:] for line in log.splitlines() if line.startswith("seen")]
     assert {what for what, _ in seen} == {"load", "batch-2", "batch-3", "batch-4", "batch-6"}
     assert len({where for _, where in seen}) == 1, seen
@@ -165,12 +166,12 @@ def test_one_thread_loads_and_compiles_and_draws(load):
 
 CACHED = """
 import logging
-from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.engine.torch_compile import is_compiled, prepare, use_compile
 from sdworker.engine.pipeline import FamilyEngine
 logging.basicConfig(level="INFO", format="%(message)s")
-engine = FamilyEngine(read_card(EMBEDDED, "embedded"))
-assert use_compile(engine.pipe, "cached", engine.card, most=1) == ""
+engine = FamilyEngine(read_model_info(EMBEDDED, "embedded"))
+assert use_compile(engine.pipe, "cached", engine.model, most=1) == ""
 prepare(engine)
 assert is_compiled(engine.pipe.unet) and not engine.warnings, engine.warnings
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sdworker.core.settings import settings
+from sdworker.core.settings import get_settings
 from sdworker.lab.demo import free_port
-from sdworker.lab.queue_server import work
+from sdworker.lab.queue_server import run_workers
 from sdworker.serve.handler import handler
 
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
@@ -66,33 +66,35 @@ def job(name: str, **fields) -> dict:
     ("encode", "illegal"), ("decode", "unreadable"),
     ("denoise", "lambda: RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered')")])
 def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
-    shift = work(worker(f"fail(sdworker.engine.pipeline.FamilyEngine, {stage!r}, {error}, first=1)"),
-                 [job("drawn"), job("lost"), job("third"), job("fourth")], {"SDWORKER_LOAD": "lazy"}, 60, stop=False)
-    assert "images" in shift.answers["drawn"].get("output", {}), shift.log
-    assert shift.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was encountered)")
-    assert shift.answers["lost"]["stopPod"], "the answer asks the platform to end this worker"
-    assert set(shift.taken) == {"drawn", "lost"}, "the others are left for another worker"
-    assert shift.code, "the process ends by itself, and not as if all were well"
+    worker_run = run_workers(worker(f"fail(sdworker.engine.pipeline.FamilyEngine, {stage!r}, {error}, first=1)"),
+                             [job("drawn"), job("lost"), job("third"), job("fourth")], {"SDWORKER_LOAD": "lazy"}, 60,
+                             stop=False)
+    assert "images" in worker_run.answers["drawn"].get("output", {}), worker_run.log
+    assert worker_run.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was "
+                                                          "encountered)")
+    assert worker_run.answers["lost"]["stopPod"], "the answer asks the platform to end this worker"
+    assert set(worker_run.taken) == {"drawn", "lost"}, "the others are left for another worker"
+    assert worker_run.code, "the process ends by itself, and not as if all were well"
 
 
 @pytest.mark.parametrize("owner", ["safetensors.torch, 'load_file'", "sdworker.engine.pipeline.FamilyEngine, 'decode'"])
 def test_a_gpu_that_is_lost_before_the_first_job(owner):
     """In the load, or in the warm-up that follows it in the background."""
-    shift = work(worker(f"fail({owner}, illegal)"), [job("first"), job("second")], limit=60, stop=False,
-                 arrivals=[5, 5])
-    assert shift.answers["first"]["error"].startswith(LOST), shift.log
-    assert "damaged" not in shift.log
-    assert set(shift.taken) == {"first"} and shift.code
+    worker_run = run_workers(worker(f"fail({owner}, illegal)"), [job("first"), job("second")], limit=60, stop=False,
+                             arrivals=[5, 5])
+    assert worker_run.answers["first"]["error"].startswith(LOST), worker_run.log
+    assert "damaged" not in worker_run.log
+    assert set(worker_run.taken) == {"first"} and worker_run.code
 
 
 def test_out_of_memory_in_a_job_is_no_lost_gpu():
     """Alone it does not fit, and is refused; the worker stays, and the next job is drawn."""
-    shift = work(worker("out = lambda: torch.AcceleratorError(TEXT.replace('an illegal memory access was encountered',"
-                        " 'out of memory'))",
-                        "fail(sdworker.engine.pipeline.FamilyEngine, 'decode', out, last=0)"),
-                 [job("large"), job("small")], {"SDWORKER_LOAD": "lazy"})
-    assert shift.answers["large"]["error"].startswith("not even one image of this size fits"), shift.log
-    assert "output" in shift.answers["small"] and "stopPod" not in shift.answers["large"]
+    worker_run = run_workers(worker("out = lambda: torch.AcceleratorError(TEXT.replace('an illegal memory access was "
+                                    "encountered', 'out of memory'))",
+                                    "fail(sdworker.engine.pipeline.FamilyEngine, 'decode', out, last=0)"),
+                             [job("large"), job("small")], {"SDWORKER_LOAD": "lazy"})
+    assert worker_run.answers["large"]["error"].startswith("not even one image of this size fits"), worker_run.log
+    assert "output" in worker_run.answers["small"] and "stopPod" not in worker_run.answers["large"]
 
 
 def test_a_batch_that_did_not_fit_is_not_tried_again():
@@ -102,25 +104,27 @@ def test_a_batch_that_did_not_fit_is_not_tried_again():
         "original = sdworker.engine.pipeline.FamilyEngine.decode\n" \
         "def counted(self, latents):\n    print('images at once:', len(latents), flush=True)\n" \
         "    return original(self, latents)\nsdworker.engine.pipeline.FamilyEngine.decode = counted"
-    shift = work(worker(code), [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
-                                job("smaller", num_images=4, width=32, height=32)], {"SDWORKER_LOAD": "lazy"})
-    sizes = [int(line.rpartition(" ")[2]) for line in shift.log.splitlines() if line.startswith("images at once")]
+    worker_run = run_workers(worker(code),
+                             [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
+                                            job("smaller", num_images=4, width=32, height=32)],
+                             {"SDWORKER_LOAD": "lazy"})
+    sizes = [int(line.rpartition(" ")[2]) for line in worker_run.log.splitlines() if line.startswith("images at once")]
     assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job uses the batch size that the first has learned"
-    warnings = {name: [text for text in shift.answers[name]["output"]["warnings"] if "do not fit" in text]
-                for name in shift.answers}
+    warnings = {name: [text for text in worker_run.answers[name]["output"]["warnings"] if "do not fit" in text]
+                for name in worker_run.answers}
     assert warnings["second"] == ["4 images in one call do not fit into memory, so they are drawn 2 at a time."]
     assert warnings["first"] == [warnings["second"][0][:-1] + "; set SDWORKER_MAX_BATCH to 2 to save the attempt."]
     assert warnings["small"] == warnings["smaller"] == []
 
 
 def test_a_load_that_finds_no_memory_is_tried_again_and_blames_no_file():
-    shift = work(worker("import os", "os.environ['SDWORKER_LOAD'] = 'lazy'",
-                        "out = lambda: RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-                        " 8 bytes\")",
-                        "fail(safetensors.torch, 'load_file', out, last=0)"), [job("first"), job("second")])
-    error = shift.answers["first"]["error"]
+    worker_run = run_workers(worker("import os", "os.environ['SDWORKER_LOAD'] = 'lazy'",
+                                    "out = lambda: RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you "
+                                    "tried to allocate 8 bytes\")",
+                                    "fail(safetensors.torch, 'load_file', out, last=0)"), [job("first"), job("second")])
+    error = worker_run.answers["first"]["error"]
     assert error.startswith("the weights of embedded take") and "no memory left" in error and "damaged" not in error
-    assert "stopPod" not in shift.answers["first"] and "output" in shift.answers["second"]
+    assert "stopPod" not in worker_run.answers["first"] and "output" in worker_run.answers["second"]
 
 
 def test_the_local_api_ends_as_well():
@@ -147,15 +151,15 @@ def test_the_local_api_ends_as_well():
 @pytest.fixture
 def wrong_variable(monkeypatch):
     monkeypatch.setenv("SDWORKER_LOG_EVRY", "3")
-    settings.cache_clear()
+    get_settings.cache_clear()
     yield "SDWORKER_LOG_EVRY is not a setting; did you mean SDWORKER_LOG_EVERY?"
-    settings.cache_clear()
+    get_settings.cache_clear()
 
 
 def test_settings_that_make_no_sense_at_each_door(wrong_variable):
     """A start ends with the sentence and takes no job; a handler that is called without one answers with it."""
-    shift = work(HANDLER, [job("one")], limit=60, stop=False)
-    assert shift.code == 1 and shift.log.strip() == f"sdworker: {wrong_variable}" and not shift.taken
+    worker_run = run_workers(HANDLER, [job("one")], limit=60, stop=False)
+    assert worker_run.code == 1 and worker_run.log.strip() == f"sdworker: {wrong_variable}" and not worker_run.taken
     served = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], capture_output=True, text=True,
                             timeout=60)
     assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sdworker
 from sdworker.core.families import FAMILIES, Family
-from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.embedded.tiny_models import MINIATURES, miniature
 from sdworker.serve.image_io import data_uri
 
@@ -26,14 +26,14 @@ MASK.paste(255, (32, 0, 64, 64))
         name for name, family in FAMILIES.items() if name in MINIATURES and not family.edits)])
 def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else EMBEDDED
-    family, known = read_card(folder).family, pipeline in FAMILIES
+    family, known = read_model_info(folder).family, pipeline in FAMILIES
     answers, log = handled(folder, {
         "batch": {"width": 64, "height": 48, "num_images": 3}, "alone": {"width": 64, "height": 48, "seed": 8},
         "unwanted": {"negative_prompt": "blue"}, "plain": {},
         "unguided": {"guidance_scale": family.unguided, "negative_prompt": "blue"},
         "little": {"guidance_scale": 0.5, "negative_prompt": "blue"},
         "sampler": {"scheduler": "euler"}, "odd": {"width": 50}, "strength": {"strength": 0.5},
-        "end": {"guidance_end": 0.5},
+        "end": {"guidance_stop": 0.5},
     }, SDWORKER_ATTENTION="sliced")
     batch, (alone,) = pixels(answers["batch"]), pixels(answers["alone"])
     assert answers["batch"]["seeds"] == [7, 8, 9] and {image.shape for image in batch} == {(48, 64, 3)}
@@ -49,7 +49,8 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     refused = {name: answers[name]["error"] for name in ("odd", "strength")}
     assert refused["odd"].startswith("width is 50") and refused["strength"].startswith("strength is 0.5")
     assert ("images" in answers["sampler"]) == ("images" in answers["end"]) == bool(family.samplers)
-    attention = "enabled" if read_card(folder).denoiser == "unet" else "not used: this model's layers cannot be sliced"
+    unet = read_model_info(folder).denoiser == "unet"
+    attention = "enabled" if unet else "not used: this model's layers cannot be sliced"
     assert f"sliced {attention}" in log
 
 
@@ -86,11 +87,12 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
         for name, image in (("red", RED), ("blue", BLUE)) for strength in (0.3, 1.0)} | {
         "both": {"image": red, "num_images": 2, "strength": 0.9} | steps,
         "second": {"image": red, "seed": 8, "strength": 0.9} | steps,
-        "wide": {"image": data_uri(RED.resize((128, 64)))} | steps, "half": {"image": red, "mask": mask},
-        "halves": {"image": red, "mask": mask, "num_images": 2},
-        "address": {"image": "http://127.0.0.1:1/x.png"}, "broken": {"image": red[:100]}, "mask alone": {"mask": mask},
+        "wide": {"image": data_uri(RED.resize((128, 64)))} | steps, "half": {"image": red, "mask_image": mask},
+        "halves": {"image": red, "mask_image": mask, "num_images": 2},
+        "address": {"image": "http://127.0.0.1:1/x.png"}, "broken": {"image": red[:100]},
+        "mask alone": {"mask_image": mask},
         "none left": {"image": red, "num_inference_steps": 1},
-        "small mask": {"image": red, "mask": data_uri(MASK.resize((32, 32)))},
+        "small mask": {"image": red, "mask_image": data_uri(MASK.resize((32, 32)))},
     })
     second, wide, half = (pixels(answers[name])[0] for name in ("second", "wide", "half"))
     near, far = (np.abs(pixels(answers[f"red, {strength}"])[0] - pixels(answers[f"blue, {strength}"])[0]).mean()
@@ -102,7 +104,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert np.abs(pixels(answers["halves"])[0] - half).max() <= 2, "the same alone and in company"
     assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
     assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
-    assert answers["mask alone"]["error"].startswith("mask is given without image")
+    assert answers["mask alone"]["error"].startswith("mask_image is given without image")
     assert answers["none left"]["error"].startswith("strength is 0.6 at 1 step(s), of which none is left")
     assert answers["small mask"]["error"].endswith("the mask should be of the picture's size.")
 
@@ -118,7 +120,7 @@ def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path
     config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))
     few = {"num_inference_steps": 4}
     jobs = {"before": few, "image": {"image": data_uri(RED)} | few,
-            "mask": {"image": data_uri(RED), "mask": data_uri(MASK)} | few, "after": few}
+            "mask": {"image": data_uri(RED), "mask_image": data_uri(MASK)} | few, "after": few}
     answers, _ = handled(folder, jobs, SDWORKER_DTYPE="float16")
     before, *_, after = (pixels(answers[name])[0] for name in jobs)
     assert np.array_equal(before, after) and len(np.unique(before)) > 2
@@ -132,7 +134,8 @@ def test_a_picture_is_edited(pipeline, tmp_path):
     answers, log = handled(folder, {
         "red": {"image": data_uri(RED), "width": 64, "height": 48}, "none": {},
         "blue": {"image": data_uri(BLUE), "width": 64, "height": 48},
-        "strength": {"image": data_uri(RED), "strength": 0.5}, "mask": {"image": data_uri(RED), "mask": data_uri(MASK)},
+        "strength": {"image": data_uri(RED), "strength": 0.5},
+        "mask": {"image": data_uri(RED), "mask_image": data_uri(MASK)},
         "mark": {"image": data_uri(RED), "prompt": "a <|image_pad|> star"},
         "unwanted": {"image": data_uri(RED), "width": 64, "height": 48, "negative_prompt": "blue"},
         "both": {"image": data_uri(RED), "width": 64, "height": 48, "num_images": 2}, "odd": {
@@ -150,7 +153,7 @@ def test_a_picture_is_edited(pipeline, tmp_path):
     assert np.abs(pixels(answers["unwanted"])[0] - red).max() > 0, "and at what is unwanted"
     assert answers["none"]["error"].startswith("image is missing")
     assert answers["strength"]["error"].startswith("strength is 0.5")
-    assert "mask is of no use" in answers["mask"]["error"]
+    assert "mask_image is of no use" in answers["mask"]["error"]
     assert len(pixels(answers["mark"])) == 1, "the sender's words are no second picture"
 
 
@@ -168,7 +171,7 @@ def test_a_class_that_is_not_known_and_wants_a_picture_gets_one(pipeline, tmp_pa
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionXLPipeline", pipeline))
     begun = {"image": data_uri(RED), "num_inference_steps": 4}
-    masked = begun | {"mask": data_uri(MASK)}
+    masked = begun | {"mask_image": data_uri(MASK)}
     answers, _ = handled(folder, {"without": {}, "with": masked if "Inpaint" in pipeline else begun, "mask": masked})
     assert f"{pipeline} is not known to this worker, and drew nothing" in answers["without"]["error"]
     assert pixels(answers["with"])[0].shape == (64, 64, 3)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sdworker.aot.engine import find_capsule
-from sdworker.core.model_info import EMBEDDED, read_card, read_json
+from sdworker.aot.engine import find_aot_package
+from sdworker.core.model_info import EMBEDDED, read_json, read_model_info
 from sdworker.lab import gpu_headline
 from sdworker.lab.bench import table, unused
 from sdworker.lab.gpu_checks import checks_table
@@ -28,9 +28,9 @@ def setup(tmp_path) -> Setup:
 @pytest.fixture
 def compiled(setup) -> Setup:
     """A setup that has the embedded model compiled ahead of time."""
-    folder, _ = find_capsule(read_card(EMBEDDED), "cpu", "float32", [ROOT / "out" / "capsules"])
+    folder, _ = find_aot_package(read_model_info(EMBEDDED), "cpu", "float32", [ROOT / "out" / "aot"])
     if not folder:
-        pytest.skip("there is no capsule; `make capsule` makes one with g++")
+        pytest.skip("there is no AOT package; `make aot` makes one with g++")
     shutil.copytree(folder, setup.scratch / "aot" / folder.name)
     return setup
 
@@ -66,10 +66,10 @@ def test_a_start_is_ended_at_its_limit():
 
 @pytest.mark.slow
 def test_compiled_code_is_measured_dry(compiled):
-    report = measure_aot(compiled, ("capsule", "naive", "import torch", "images", "compile"))
+    report = measure_aot(compiled, ("aot", "naive", "import torch", "images", "compile"))
     assert not report.failed(), report.parts
-    record = read_json(compiled.out / "capsule-dry.json")
-    assert record["starts"]["capsule"]["rows"]["total"] > 0 and record["images"]["images"]["4"]["ratio"] > 0
+    record = read_json(compiled.out / "aot-dry.json")
+    assert record["starts"]["aot"]["rows"]["total"] > 0 and record["images"]["images"]["4"]["ratio"] > 0
     assert record["compile"]["backend"] == "eager" and record["compile"]["first_call"] > 0
     shown = aot_table(record)
     assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "the usual worker" in shown
@@ -98,23 +98,23 @@ RECORDS = {  # made up: no machine has measured them
         "failed": {"fused QKV": "ChildProcessError: exit code 1 | Traceback | no such kernel"},
         "rates": {"float16": 6e14}, "operations": {"step": 1e13, "decode": 1e13, "image": 4e14},
         "jobs": {"png": 0.1, "jpeg": 0.1, "jobs": {}}},
-    "capsule-cuda": INVENTED | {
-        "starts": {"capsule": START, "pipeline": START, "naive": START, "import_torch": SUMMARY},
+    "aot-cuda": INVENTED | {
+        "starts": {"aot": START, "diffusers": START, "naive": START, "import_torch": SUMMARY},
         "bake": {"seconds": 300.0, "bytes": 1e8, "psnr": 50.0}, "images": {"images": IMAGES},
         "compile": {"backend": "inductor", "first_call": 60.0, "images": IMAGES}},
     "coldstart-gpu": INVENTED | {
-        "bytes": 6.94e9, "starts": {"pipeline": START, "naive": START}, "floors": {"import torch": 1.0}},
+        "bytes": 6.94e9, "starts": {"diffusers": START, "naive": START}, "floors": {"import torch": 1.0}},
     "gpu-families": INVENTED | {"parts": {
         "half precision": {"result": {"tests": {"PASSED": 90, "FAILED": 1}, "failed": ["test_families.py::test_x"]}},
         "float32": {"error": "ChildProcessError: killed after 300 s", "tries": 1}}},
     "gpu-check": INVENTED | {"parts": {
         "worker": {"seconds": 31.2, "result": {"passed": True}},
-        "capsule": {"seconds": 1.0, "error": "OSError: no nvcc", "tries": 1}}},
+        "aot": {"seconds": 1.0, "error": "OSError: no nvcc", "tries": 1}}},
     "bench-gpu": {"date": "2000-01-01", "machine": {"gpu": "an invented GPU", "torch": "0.0"}, "tiny": False, "rows": {
         "switch bfloat16": {"time": IMAGES, "turns": 3, "peak": 9e9, "psnr": 60.0, "least": 40},
         "switch attention: sliced": {"failed": "an error", "tries": 2}}}}
 PLACES = [("8_lab/11_gpu_headline", "headline-gpu"), ("8_lab/14_claims", "headline-gpu"),
-          ("8_lab/06_bench_aot", "capsule-cuda"),
+          ("8_lab/06_bench_aot", "aot-cuda"),
           ("8_lab/04_coldstart", "coldstart-gpu"), ("0_core/03_families", "gpu-families"),
           ("8_lab/10_gpu_checks", "gpu-check"),
           ("8_lab/05_bench", "bench-gpu")]

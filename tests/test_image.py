@@ -173,7 +173,7 @@ def image(hub, locks, tmp_path_factory) -> dict:
     token, log = tmp_path_factory.mktemp("secret") / "token", KEPT / "build.log"
     token.write_text(hub.token)
     code = build(sources(tmp_path_factory.mktemp("context"), locks), log, token,
-                 MODEL_REVISION=hub.commit(MODEL), LAYER_BYTES=str(LAYER_BYTES), CAPSULE="cpu",
+                 MODEL_REVISION=hub.commit(MODEL), LAYER_BYTES=str(LAYER_BYTES), AOT="cpu",
                  HF_ENDPOINT=hub.url)
     assert code == 0, log.read_text()[-5000:]
     return json.loads(buildah("inspect", "--type", "image", IMAGE).stdout)["Docker"]["config"]
@@ -195,9 +195,10 @@ def inside(container: tuple[str, Path], *command: str, check: bool = True):
 WORK = """
 import json, socket, sys, sdworker
 sdworker.__path__.append("/queue/sdworker")
-from sdworker.lab.queue_server import work
+from sdworker.lab.queue_server import run_workers
 prompt, settings = sys.argv[1], dict(one.split("=") for one in sys.argv[2:])
-shift = work(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}], settings, limit=400)
+shift = run_workers(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}],
+                    settings, limit=400)
 print(json.dumps([socket.if_nameindex(), shift.answers["first"], shift.log]))
 """
 
@@ -222,8 +223,8 @@ def test_it_draws_with_the_code_that_was_compiled_in_the_build(container):
     """On the model as it is in the image, in shards; and with one byte changed it does without."""
     _, answer, _ = drawn(container)
     rows = answer["output"]["timings"]["cold_start"]
-    assert "check capsule" in rows and "diffusers" not in rows and answer["output"]["warnings"] == []
-    code, = (container[1] / "opt/compiled/capsules").glob("*/denoiser.pt2")
+    assert "check package" in rows and "diffusers" not in rows and answer["output"]["warnings"] == []
+    code, = (container[1] / "opt/compiled/aot").glob("*/denoiser.pt2")
     content = bytearray(code.read_bytes())
     content[len(content) // 2] ^= 1
     code.write_bytes(content)

@@ -1,4 +1,4 @@
-"""A worker's fast imports with libraries that the stand-ins do not expect."""
+"""A worker's fast imports with libraries that the stubs do not expect."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ from torchvision import transforms, io
 NEEDS = {  # what its import wants of the compiler
     "a submodule": "from torch._dynamo.utils import is_compile_supported",
     "the package": "import torch._dynamo; torch._dynamo.config.suppress_errors",
-    "what a stand-in has otherwise": "import torch._dynamo; torch._dynamo.eval_frame.OptimizedModule.mro()",
+    "what a stub has otherwise": "import torch._dynamo; torch._dynamo.eval_frame.OptimizedModule.mro()",
 }
 
 
@@ -46,7 +46,7 @@ def installed(folder: Path, name: str, code: str) -> str:
 def plain() -> np.ndarray:
     "The picture of a worker that has no such library."
     answers, log = handled("embedded", {"one": {}})
-    assert "stand-ins" not in log
+    assert "stubs" not in log
     return pixels(answers["one"])[0]
 
 
@@ -55,8 +55,8 @@ def test_a_library_that_imports_the_compiler_changes_no_picture(needs, tmp_path,
     answers, log = handled("embedded", {"one": {}}, PYTHONPATH=installed(
         tmp_path, "torchvision", f"import torch\n{NEEDS[needs]}\n{TORCHVISION}"))
     assert np.array_equal(pixels(answers["one"])[0], plain) and answers["one"]["warnings"] == []
-    tried_again = "an import failed with stand-ins" in log and "SDWORKER_LEAN=off" in log
-    assert tried_again == (needs == "what a stand-in has otherwise"), log
+    tried_again = "an import failed with stubs" in log and "SDWORKER_LEAN=off" in log
+    assert tried_again == (needs == "what a stub has otherwise"), log
 
 
 def test_lean_can_be_switched_off(plain):

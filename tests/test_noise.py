@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdworker.aot.sampler_tables import TABLED, make_table, run_table, seeded
 from sdworker.core.families import FAMILIES
-from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.embedded.tiny_models import MINIATURES, miniature, with_refiner
 from sdworker.engine.diffusers_pipeline import scheduler_for
 from sdworker.engine.generate import generate
@@ -19,7 +19,7 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 START, MASK = Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
 START.paste("red", (8, 8, 40, 48))
 MASK.paste(255, (16, 0, 64, 64))
-BEGINNINGS = {"noise": {}, "image": {"image": START}, "mask": {"image": START, "mask": MASK}}
+BEGINNINGS = {"noise": {}, "image": {"image": START}, "mask": {"image": START, "mask_image": MASK}}
 
 
 class OtherNoise(TorchDispatchMode):
@@ -41,7 +41,7 @@ def agree(folder, *formats: str, prepare=lambda engine: None, **options) -> None
     """Whether pictures in these formats are float32's, up to rounding; other noise gives 12 to 32 dB."""
     pictures = {}
     for dtype in ("float32", *formats):
-        engine = FamilyEngine(read_card(folder), dtype=dtype)
+        engine = FamilyEngine(read_model_info(folder), dtype=dtype)
         prepare(engine)
         with OtherNoise():
             pictures[dtype] = generate(engine, "a red star", seed=7, width=64, height=64, **options).pictures[0].image
@@ -75,12 +75,12 @@ def test_a_sampler_adds_the_same_noise_in_every_format(sampler):
 
 def test_a_refiner_draws_the_same_in_every_format(tmp_path):
     folder = with_refiner(tmp_path / "model")
-    agree(folder, *HALF, prepare=use_addons, sampler="euler_a", steps=4, refine_from=0.5)
+    agree(folder, *HALF, prepare=use_addons, sampler="euler_a", steps=4, refiner_start=0.5)
 
 
 @pytest.mark.parametrize("sampler", TABLED)
 def test_a_table_draws_the_same_in_every_format(sampler):
-    scheduler = scheduler_for(FamilyEngine(read_card(EMBEDDED)).pipe.scheduler, sampler)
+    scheduler = scheduler_for(FamilyEngine(read_model_info(EMBEDDED)).pipe.scheduler, sampler)
     table, latents = make_table(scheduler, 8), {}
     for dtype in (torch.float32, *HALF.values()):
         with OtherNoise():

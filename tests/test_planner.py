@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdworker.core.families import FAMILIES
-from sdworker.core.model_info import EMBEDDED, ModelCard, read_card
+from sdworker.core.model_info import EMBEDDED, ModelInfo, read_model_info
 from sdworker.embedded.tiny_models import MINIATURES, miniature
 from sdworker.engine.diffusers_pipeline import load_pipeline
 from sdworker.engine.generate import generate
@@ -26,12 +26,12 @@ LONG = {  # by pipeline and file: configurations for prompts and pictures as lon
 PLUS = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
 
 
-def model_of(pipeline: str, folder: Path, changed: dict[str, dict]) -> ModelCard:
+def model_of(pipeline: str, folder: Path, changed: dict[str, dict]) -> ModelInfo:
     """A small model of a pipeline class, with changes in its configuration files."""
     miniature(pipeline, folder) if pipeline in MINIATURES else shutil.copytree(EMBEDDED, folder)
     for name, values in changed.items():
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
-    return read_card(folder)
+    return read_model_info(folder)
 
 
 def watched(engine: FamilyEngine) -> dict[str, int]:
@@ -52,9 +52,9 @@ def watched(engine: FamilyEngine) -> dict[str, int]:
 
 @pytest.mark.parametrize("pipeline", FAMILIES)
 def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
-    card = model_of(pipeline, tmp_path / "tiny", LONG.get(pipeline, {}))
-    edits, dtype = card.family.edits, card.family.gpu_dtype
-    batch, engine = 1 if edits else 2, FamilyEngine(card, dtype=dtype)
+    model = model_of(pipeline, tmp_path / "tiny", LONG.get(pipeline, {}))
+    edits, dtype = model.family.edits, model.family.gpu_dtype
+    batch, engine = 1 if edits else 2, FamilyEngine(model, dtype=dtype)
     moments, words, picture = watched(engine), "a" * 2000, None
     if edits:  # its text encoder reads all of a prompt: 64 tokens of the template, 512 others, and the picture's
         plus = "Plus" in pipeline  # which makes less of a picture, and writes more around it
@@ -63,7 +63,7 @@ def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
         words, picture = "a" * (64 + 512 + PICTURE_TOKENS - there), Image.new("RGB", (1024, 1024))
     generate(engine, words, negative_prompt=words, width=64, height=64, steps=1, guidance=3.0, seed=1, n=batch,
              image=picture)
-    computed = activations(meta_components(card, dtype), Way(batch), 64, 64, edits=edits)
+    computed = activations(meta_components(model, dtype), Way(batch), 64, 64, edits=edits)
     assert computed.keys() == moments.keys()
     for name, at_work in moments.items():
         if not (edits and name == "text_encoder"):  # what sees the picture is not computed, and here the larger part
@@ -73,8 +73,8 @@ def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *MINIATURES])
 def test_number_formats_are_those_of_a_load(pipeline, dtype, tmp_path):
-    card = model_of(pipeline, tmp_path / "tiny", {"vae/config.json": {"force_upcast": True}})
-    loaded, computed = load_pipeline(card, dtype=dtype), meta_components(card, dtype)
+    model = model_of(pipeline, tmp_path / "tiny", {"vae/config.json": {"force_upcast": True}})
+    loaded, computed = load_pipeline(model, dtype=dtype), meta_components(model, dtype)
     for name, part in computed.items():
         at_work = {key: weight.dtype for key, weight in getattr(loaded, name).named_parameters()}
         assert {key: weight.dtype for key, weight in part.named_parameters()} == at_work, name

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdworker.embedded.shapes import judge
-from sdworker.lab.queue_server import work
+from sdworker.lab.queue_server import run_workers
 from sdworker.serve.image_io import from_data_uri
 
 PROMPT = "a large red star on a blue background"
@@ -18,8 +18,9 @@ def job(name: str, **fields) -> dict:
 
 
 def test_production_loop_answers_good_and_bad_jobs():
-    shift = work(HANDLER, [job("bad", width=100), job("good"), job("worse", prompt=[PROMPT, 5]), job("again")])
-    answers, log = shift.answers, shift.log
+    worker_run = run_workers(HANDLER,
+                             [job("bad", width=100), job("good"), job("worse", prompt=[PROMPT, 5]), job("again")])
+    answers, log = worker_run.answers, worker_run.log
     assert answers["bad"]["error"].startswith("width is 100")
     assert answers["worse"]["error"].startswith("prompt should be text")
     image = answers["good"]["output"]["images"][0]
@@ -31,8 +32,8 @@ def test_production_loop_answers_good_and_bad_jobs():
 
 @pytest.mark.parametrize("way", ["background", "lazy", "eager"])
 def test_the_ledger_comes_once_and_adds_up(way):
-    shift = work(HANDLER, [job("first"), job("second")], {"SDWORKER_LOAD": way})
-    first, second = (shift.answers[name]["output"]["timings"] for name in ("first", "second"))
+    worker_run = run_workers(HANDLER, [job("first"), job("second")], {"SDWORKER_LOAD": way})
+    first, second = (worker_run.answers[name]["output"]["timings"] for name in ("first", "second"))
     rows = first["cold_start"]
     assert "cold_start" not in second
     assert set("interpreter worker runpod torch transformers diffusers weights".split()) < set(rows)
@@ -40,7 +41,8 @@ def test_the_ledger_comes_once_and_adds_up(way):
     assert last in ("first image", "answer") and total == "total", "encoding may be done before all is drawn"
     assert abs(sum(rows.values()) - 2 * rows["total"]) < 0.01, "the rows are the total, up to rounding"
     assert ("warm-up" in rows) == (way == "eager"), "a job that waits is not kept waiting for a warm-up"
-    assert shift.log.count("cold start {") == 1 and "torch   " in shift.log, "a line for machines, a table for people"
+    assert worker_run.log.count("cold start {") == 1 and "torch   " in worker_run.log, (
+        "a line for machines, a table for people")
 
 
 SLOW_LOAD = """
@@ -59,11 +61,12 @@ sdworker.serve.handler.start()
 
 @pytest.mark.parametrize("way", ["background", "eager", "lazy"])
 def test_the_heartbeat_is_forked_before_the_load_and_goes_on_through_it(way):
-    shift = work([sys.executable, "-c", SLOW_LOAD], [job("first")], {"SDWORKER_LOAD": way})
-    assert shift.log.count("forked with threads") == 1, "the SDK forks once, or else otherwise than this worker expects"
-    assert "forked with threads: 1\n" in shift.log, "another thread could hold a lock that the child inherits"
-    assert shift.log.index("forked with threads") < shift.log.index("Loading model...")
-    pings = [ping for ping in shift.pings if ping < shift.seconds["first"]]
+    worker_run = run_workers([sys.executable, "-c", SLOW_LOAD], [job("first")], {"SDWORKER_LOAD": way})
+    assert worker_run.log.count("forked with threads") == 1, (
+        "the SDK forks once, or else otherwise than this worker expects")
+    assert "forked with threads: 1\n" in worker_run.log, "another thread could hold a lock that the child inherits"
+    assert worker_run.log.index("forked with threads") < worker_run.log.index("Loading model...")
+    pings = [ping for ping in worker_run.pings if ping < worker_run.seconds["first"]]
     assert len(pings) >= 3, "one each second, also in the four or more that the load took"
-    assert "output" in shift.answers["first"], "the job waited for the load that was under way"
-    assert shift.log.count("Loading model...") == 1
+    assert "output" in worker_run.answers["first"], "the job waited for the load that was under way"
+    assert worker_run.log.count("Loading model...") == 1

@@ -9,7 +9,7 @@ import pytest
 
 from sdworker.core.checkpoint_files import weight_files
 from sdworker.core.model_info import EMBEDDED
-from sdworker.lab.queue_server import Shift, work
+from sdworker.lab.queue_server import WorkerRun, run_workers
 
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 JOBS = [{"id": name, "input": {"prompt": "a red star", "num_inference_steps": 2}} for name in ("first", "second")]
@@ -20,34 +20,34 @@ def model(tmp_path) -> Path:
     return Path(shutil.copytree(EMBEDDED, tmp_path / "the model"))
 
 
-def started(model: object, command: list[str] = OURS, **options) -> Shift:
-    return work(command, JOBS, {"SDWORKER_MODEL": str(model), "HF_HUB_OFFLINE": "1"}, limit=60, **options)
+def started(model: object, command: list[str] = OURS, **options) -> WorkerRun:
+    return run_workers(command, JOBS, {"SDWORKER_MODEL": str(model), "HF_HUB_OFFLINE": "1"}, limit=60, **options)
 
 
-def assert_one_sentence(shift: Shift, *words: str) -> None:
-    assert "first" in shift.answers, shift.log
-    error = shift.answers["first"]["error"]
+def assert_one_sentence(worker_run: WorkerRun, *words: str) -> None:
+    assert "first" in worker_run.answers, worker_run.log
+    error = worker_run.answers["first"]["error"]
     assert all(word in error for word in words) and "\n" not in error, error
-    assert "Traceback" not in shift.log
+    assert "Traceback" not in worker_run.log
 
 
 @pytest.mark.parametrize("load", ["background", "lazy", "eager"])
 def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    shift = work(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, limit=60, stop=False)
-    assert shift.code == 1 and shift.taken == {}, "the jobs stay in the queue"
-    assert f"sdworker: {weights} has" in shift.log and "Traceback" not in shift.log
+    worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, limit=60, stop=False)
+    assert worker_run.code == 1 and worker_run.taken == {}, "the jobs stay in the queue"
+    assert f"sdworker: {weights} has" in worker_run.log and "Traceback" not in worker_run.log
 
 
 CUT = """
 import sdworker.serve.handler, pathlib, sys
-look = sdworker.serve.handler._look_ahead
+look = sdworker.serve.handler._start_prefetch
 def cut_after(queue):
     result, weights = look(queue), pathlib.Path(sys.argv[1])
     weights.write_bytes(weights.read_bytes()[:-1000])
     return result
-sdworker.serve.handler._look_ahead = cut_after
+sdworker.serve.handler._start_prefetch = cut_after
 from sdworker.cli.main import app
 app(["start"])
 """
@@ -75,25 +75,26 @@ def test_a_start_reads_the_header_of_each_weight_file_once(model):
     for path in model.rglob("*.safetensors"):
         os.utime(path, (0, 0))  # not just written, as a model is
     files = len(weight_files(model))
-    shift = started(model, [sys.executable, "-c", COUNT])
-    assert "error" not in shift.answers["second"], shift.answers
-    counts = [line.partition("headers read: ")[2] for line in shift.log.splitlines() if "headers read: " in line]
+    worker_run = started(model, [sys.executable, "-c", COUNT])
+    assert "error" not in worker_run.answers["second"], worker_run.answers
+    counts = [line.partition("headers read: ")[2] for line in worker_run.log.splitlines() if "headers read: " in line]
     assert counts[-1] == str([1] * files), "checked, counted and loaded, for all jobs"
 
 
 def test_a_file_that_is_cut_after_the_first_look_is_named_and_ends_the_worker(model):
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
-    shift = started(model, [sys.executable, "-c", CUT, str(weights)], stop=False)
-    assert_one_sentence(shift, str(weights), "bytes", "fetch the model again")
-    assert shift.code == 1 and "second" not in shift.answers, "no second job is taken that could not be drawn either"
+    worker_run = started(model, [sys.executable, "-c", CUT, str(weights)], stop=False)
+    assert_one_sentence(worker_run, str(weights), "bytes", "fetch the model again")
+    assert worker_run.code == 1 and "second" not in worker_run.answers, (
+        "no second job is taken that could not be drawn either")
 
 
 def test_a_missing_tokenizer_is_named_and_the_worker_waits_for_it(model):
     for path in (model / "tokenizer").iterdir():
         path.unlink()
-    shift = started(model)
-    assert_one_sentence(shift, str(model / "tokenizer" / "tokenizer.json"), "is missing", "fetch the model again")
-    assert shift.answers["second"] == shift.answers["first"] and shift.code is None
+    worker_run = started(model)
+    assert_one_sentence(worker_run, str(model / "tokenizer" / "tokenizer.json"), "is missing", "fetch the model again")
+    assert worker_run.answers["second"] == worker_run.answers["first"] and worker_run.code is None
 
 
 VANISHING = """
@@ -120,10 +121,10 @@ sdworker.serve.handler.start()
 
 
 def test_a_folder_that_goes_away_in_the_middle_of_a_start_and_comes_back(model):
-    shift = started(model, [sys.executable, "-c", VANISHING, str(model)])
-    assert "is missing" in shift.log, "the load in the background has met it"
-    assert_one_sentence(shift, str(model), "no such folder")  # the job that waited has tried again
-    assert "output" in shift.answers["second"], "the next job tries again, and finds it"
+    worker_run = started(model, [sys.executable, "-c", VANISHING, str(model)])
+    assert "is missing" in worker_run.log, "the load in the background has met it"
+    assert_one_sentence(worker_run, str(model), "no such folder")  # the job that waited has tried again
+    assert "output" in worker_run.answers["second"], "the next job tries again, and finds it"
 
 
 LATE = """
@@ -150,9 +151,9 @@ def test_a_small_file_that_is_missing_is_named_too(model, file):
 
 def test_a_folder_that_comes_late(tmp_path):
     folder = tmp_path / "volume" / "model"
-    shift = started(folder, [sys.executable, "-c", LATE, str(EMBEDDED), str(folder)])
-    assert_one_sentence(shift, str(folder), "no such folder")
-    assert "output" in shift.answers["second"]
+    worker_run = started(folder, [sys.executable, "-c", LATE, str(EMBEDDED), str(folder)])
+    assert_one_sentence(worker_run, str(folder), "no such folder")
+    assert "output" in worker_run.answers["second"]
 
 
 @pytest.mark.parametrize(("typo", "message"), [
@@ -160,20 +161,20 @@ def test_a_folder_that_comes_late(tmp_path):
     ("./models/sdxl", "there is no such folder"),
 ])
 def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, message):
-    shift = started(typo, stop=False)
-    assert shift.code == 1 and shift.answers == {}, "the jobs stay in the queue"
-    line, = [line for line in shift.log.splitlines() if line.startswith("sdworker: ")]
-    assert repr(typo) in line and message in line and "Traceback" not in shift.log
+    worker_run = started(typo, stop=False)
+    assert worker_run.code == 1 and worker_run.answers == {}, "the jobs stay in the queue"
+    line, = [line for line in worker_run.log.splitlines() if line.startswith("sdworker: ")]
+    assert repr(typo) in line and message in line and "Traceback" not in worker_run.log
 
 
 def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():
-    shift = started("stabilityai/stable-difusion-xl")
-    assert_one_sentence(shift, "SDWORKER_MODEL is 'stabilityai/stable-difusion-xl'", "not baked into", "bake it")
-    assert shift.code is None, "a volume may come yet"
+    worker_run = started("stabilityai/stable-difusion-xl")
+    assert_one_sentence(worker_run, "SDWORKER_MODEL is 'stabilityai/stable-difusion-xl'", "not baked into", "bake it")
+    assert worker_run.code is None, "a volume may come yet"
 
 
 def test_a_hub_that_does_not_answer(tmp_path):
     nowhere = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    shift = work(OURS, JOBS, nowhere, limit=60)
-    assert_one_sentence(shift, "owner/name cannot be fetched from the hub", "check the network")
-    assert shift.code is None, "a network may come back"
+    worker_run = run_workers(OURS, JOBS, nowhere, limit=60)
+    assert_one_sentence(worker_run, "owner/name cannot be fetched from the hub", "check the network")
+    assert worker_run.code is None, "a network may come back"

@@ -12,29 +12,29 @@ import pytest
 import torch
 
 from sdworker.aot.selection import unsupported_by_aot
-from sdworker.core.model_info import EMBEDDED, ModelError, read_card
+from sdworker.core.model_info import EMBEDDED, ModelError, read_model_info
 from sdworker.core.timing import machine
 from sdworker.embedded.shapes import pairs
 from sdworker.engine.build_pipeline import defaults
 from sdworker.engine.generate import generate
 from sdworker.engine.torch_compile import fill_cache, is_compiled
 from sdworker.lab.bench import supervise
-from sdworker.lab.quality import LOSSLESS, SWITCHES, Switch, draw_pairs, held, switched
+from sdworker.lab.quality import LOSSLESS, SWITCHES, Switch, compare_to_baseline, draw_pairs, engine_with
 
-CAPSULES = Path(__file__).parent.parent / "out" / "capsules"
-CARD = read_card(EMBEDDED, "embedded")
+AOT_DIR = Path(__file__).parent.parent / "out" / "aot"
+MODEL = read_model_info(EMBEDDED, "embedded")
 ASKED = pairs("gate 2", 20)
 
 
 @pytest.fixture(autouse=True)
-def capsules():
-    with patch("sdworker.lab.quality.settings", return_value=defaults(capsules=str(CAPSULES))):
+def aot_dir():
+    with patch("sdworker.lab.quality.get_settings", return_value=defaults(aot_dir=str(AOT_DIR))):
         yield
 
 
 @lru_cache(maxsize=1)
 def plain():
-    return switched(Switch(), CARD)
+    return engine_with(Switch(), MODEL)
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +43,7 @@ def plainly():
 
 
 def verdict(engine, switch):
-    return held(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.min_psnr)
+    return compare_to_baseline(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.min_psnr)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,9 +56,9 @@ def compiler_cache(tmp_path_factory):
 def built(name):
     """The engine of a switch; one that this machine cannot have is skipped with the reason."""
     if name == "compile: cached":
-        fill_cache(switched(SWITCHES["compile: regional"], CARD))
+        fill_cache(engine_with(SWITCHES["compile: regional"], MODEL))
     try:
-        return switched(SWITCHES[name], CARD)
+        return engine_with(SWITCHES[name], MODEL)
     except ModelError as error:
         if not any(words in str(error) for words in ("not used", "nobody has made one")):  # something is broken
             raise
@@ -84,14 +84,14 @@ def test_a_switch_keeps_to_what_it_promises(name):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("compile", "capsule"))) for name in SWITCHES])
+    pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("compile", "aot"))) for name in SWITCHES])
 def test_a_switch_does_something(name):
     engine, switch = built(name), SWITCHES[name]
     if switch.settings:
         assert state(engine) != state(plain())
-        chosen = defaults(**switch.settings)
-        assert unsupported_by_aot(chosen, CARD) or chosen.engine == "capsule" or chosen.dtype != "auto" or (
-            chosen.quantize != "off")
+        settings = defaults(**switch.settings)
+        assert unsupported_by_aot(settings, MODEL) or settings.engine == "aot" or settings.dtype != "auto" or (
+            settings.quantize != "off")
     else:
         pictures = [generate(plain(), ASKED[0][0], seed=1, **more).pictures[0].image for more in ({}, switch.request)]
         assert pictures[0].tobytes() != pictures[1].tobytes()
@@ -145,18 +145,19 @@ def test_the_gate_finds_a_number_format_that_is_too_coarse():
 
 
 @pytest.mark.slow
-def test_the_gate_finds_a_capsule_with_another_number_in_a_table():
-    engine = built("capsule")
+def test_the_gate_finds_another_number_in_a_table():
+    engine = built("aot")
     engine.tables["own rows"] = engine.tables["own rows"] * 1.02
-    assert not verdict(engine, SWITCHES["capsule"]).passed
+    assert not verdict(engine, SWITCHES["aot"]).passed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, broken", [
-    ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_end": 0})])
+    ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_stop": 0})])
 def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     switch = SWITCHES[name]
-    found = held(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(), switch.min_psnr)
+    found = compare_to_baseline(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(),
+                                switch.min_psnr)
     assert not found.passed, found
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .engine import MOST_IMAGES, ranges
 from ..core.families import family_of
-from ..core.model_info import ModelCard
+from ..core.model_info import ModelInfo
 from ..engine.diffusers_pipeline import denoiser_of, to_pixels
 
 if TYPE_CHECKING:
@@ -187,11 +187,11 @@ def inputs_of(
             "vae": [[dtype, ["images", *latents]]]}
 
 def bounds_of(
-    card: ModelCard,  # for the ranges of requests
+    model: ModelInfo,  # for the ranges of requests
     pipe: "DiffusionPipeline",  # for the VAE's scale
 ) -> dict[str, list[int]]:  # minimum, maximum and multiple, by name
     "The range of each open dimension."
-    side = [limit // pipe.vae_scale_factor for limit in ranges(card)["side"]]
+    side = [limit // pipe.vae_scale_factor for limit in ranges(model)["side"]]
     return {"calls": [1, 2 * MOST_IMAGES, 1], "images": [1, MOST_IMAGES, 1], "height": side, "width": side}
 
 # %% ../../nbs/3_aot/03_modules.ipynb #8fce900f

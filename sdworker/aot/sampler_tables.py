@@ -20,7 +20,7 @@ from ..engine.diffusers_pipeline import randn
 
 # %% ../../nbs/3_aot/01_sampler_tables.ipynb #e8a83e5f
 MOST_STEPS = 100  # tables are made for 1 to this many
-TABLED = ("euler", "euler_a", "ddim", "dpmpp_2m")  # samplers that a capsule has
+TABLED = ("euler", "euler_a", "ddim", "dpmpp_2m")  # samplers that an AOT package has
 
 @dataclass(frozen=True)
 class Table:

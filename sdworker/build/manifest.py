@@ -51,7 +51,7 @@ class _Manifest(BaseModel):
     license: str | None
     pipeline: str
     variant: str
-    extras: str
+    addons: str
     bytes: int
     files: list[_Entry] = Field(min_length=1)
     fused: _Fused | None = None
@@ -69,7 +69,7 @@ MANIFEST = "manifest.json"
 
 def read_manifest(
     folder: Path,  # that has been baked
-) -> dict:  # repository, revision, asked, license, pipeline, variant, extras, bytes, files, fused
+) -> dict:  # repository, revision, asked, license, pipeline, variant, addons, bytes, files, fused
     "Read a baked folder's manifest; raises `ModelError` if it is missing or damaged."
     if not (folder / MANIFEST).exists():
         raise ModelError(f"{folder} has no {MANIFEST}, so it was not baked; make it with `sdworker bake`.")

@@ -20,7 +20,7 @@ import typer
 from .reports import app as reports
 from .reports import bar, plain_errors
 from ..serve.request import JobRequest, advice, parse_request
-from ..core.settings import SettingsError, settings
+from ..core.settings import SettingsError, get_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown", help=(
@@ -49,9 +49,9 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    guidance_end: Annotated[float | None, typer.Option(help="Share of the steps that have guidance.")] = None,
+    guidance_stop: Annotated[float | None, typer.Option(help="Share of the steps that have guidance.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to begin from, or to edit.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="What of it to draw anew: the white part of this picture.")] = None,
+    mask_image: Annotated[Path | None, typer.Option(help="What to draw anew: the white part of this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far from it; default: 0.6, with a mask 1.")] = None,
     fmt: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
     quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
@@ -71,10 +71,10 @@ def generate(
     """
     payload = {"prompt": prompt, "negative_prompt": negative, "width": width, "height": height, "num_images": n,
                "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "strength": strength,
-               "guidance_end": guidance_end, "scheduler": scheduler, "image_format": fmt, "image_quality": quality}
+               "guidance_stop": guidance_stop, "scheduler": scheduler, "image_format": fmt, "image_quality": quality}
     shown = not as_json and sys.stderr.isatty()
     with plain_errors():
-        payload |= {name: _read(path) for name, path in (("image", image), ("mask", mask)) if path}
+        payload |= {name: _read(path) for name, path in (("image", image), ("mask_image", mask_image)) if path}
         report = _remote(endpoint, payload, out, shown) if endpoint else _local(payload, out, shown)
     typer.echo(json.dumps(report)) if as_json else _show(report)
 
@@ -96,18 +96,19 @@ def _show(report: dict) -> None:
 def _local(payload: dict, out: Path, shown: bool) -> dict:
     "Check, load, draw and write here; shown: with a progress bar."
     from sdworker.engine.types import prepare
-    from sdworker.start.load import initialize_model, model_card
+    from sdworker.start.load import initialize_model, model_info
 
-    card, chosen = model_card(), settings()
-    request = parse_request(payload, card, chosen.model_copy(update={"max_images": sys.maxsize}))
+    model, settings = model_info(), get_settings()
+    request = parse_request(payload, model, settings.model_copy(update={"max_images": sys.maxsize}))
     out.mkdir(parents=True, exist_ok=True)  # a name that cannot be a folder is found out before the work, not after
     with bar(shown, "drawing") as on_step:
         engine = initialize_model()
         from sdworker.engine.generate import draw
 
-        drawn = draw(engine, *prepare(request, engine.card), chosen.max_batch, on_step)
+        drawn = draw(engine, *prepare(request, engine.model), settings.max_batch, on_step)
     return {"images": _write(drawn, out, request), "timings": drawn.timings.rounded(),
-            "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
+            "warnings": advice(request, model) + drawn.warnings,
+            "model": {"name": model.name, "pipeline": model.pipeline}}
 
 # %% ../../nbs/9_cli/02_main.ipynb #055913cb
 def _remote(endpoint: str, payload: dict, out: Path, shown: bool) -> dict:
@@ -151,16 +152,16 @@ def bake(
     to: Annotated[Path | None, typer.Option(help="Folder to make; it will be read-only.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch; default: the hub's main.")] = None,
     variant: Annotated[str, typer.Option(help="Of the weights; empty: those without one.")] = "fp16",
-    extras: Annotated[str | None, typer.Option(help="As in SDWORKER_EXTRAS, which is the default.")] = None,
+    addons: Annotated[str | None, typer.Option(help="As in SDWORKER_ADDONS, which is the default.")] = None,
     fuse_loras: Annotated[float | None, typer.Option(help="Add its LoRAs into the weights, at this scale.")] = None,
-    capsule: Annotated[bool, typer.Option("--capsule", help="Compile it, or the model of the settings.")] = False,
+    aot: Annotated[bool, typer.Option("--aot", help="Compile it, or the model of the settings.")] = False,
     compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the capsule; default: as set.")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compile for; default: as set.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
-    With --capsule, compile it for this kind of machine, into SDWORKER_CAPSULES, so that workers start without
+    With --aot, compile it for this kind of machine, into SDWORKER_AOT_DIR, so that workers start without
     diffusers; with weights in fewer bits where SDWORKER_QUANTIZE says so. May be interrupted and called again. A token
     comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
 
@@ -169,32 +170,32 @@ def bake(
         sdworker bake stabilityai/stable-diffusion-xl-base-1.0 --to model \\
             --revision 462165984030d82259a11f4367a4eed129e94a7b
 
-        sdworker bake owner/name --to model --extras lora=owner/style@COMMIT:style.safetensors --fuse-loras 0.8
+        sdworker bake owner/name --to model --addons lora=owner/style@COMMIT:style.safetensors --fuse-loras 0.8
 
-        sdworker bake --capsule    # SDWORKER_QUANTIZE=int8 before it: with weights in eight bits
+        sdworker bake --aot    # SDWORKER_QUANTIZE=int8 before it: with weights in eight bits
 
-        SDWORKER_CAPSULES=/runpod-volume/sdworker/capsules sdworker bake --capsule --device cuda
+        SDWORKER_AOT_DIR=/runpod-volume/sdworker/aot sdworker bake --aot --device cuda
     """
-    if (model is None) != (to is None) or not (model or capsule or compile_cache):
-        raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --capsule "
+    if (model is None) != (to is None) or not (model or aot or compile_cache):
+        raise typer.BadParameter("MODEL and --to go together: what to bake, and where to; without them, --aot "
                                  "compiles the model of the settings.", param_hint="MODEL")
-    report = _baked(model, to, revision, variant, extras, fuse_loras, not as_json) if model else {}
-    for name, requested, make in (("capsule", capsule, _capsule), ("compile_cache", compile_cache, _compile)):
+    report = _baked(model, to, revision, variant, addons, fuse_loras, not as_json) if model else {}
+    for name, requested, make in (("aot", aot, _aot), ("compile_cache", compile_cache, _compile)):
         if requested:
             report[name] = make(to, report.get("repository"), device, shown=not as_json)
     if as_json:
         typer.echo(json.dumps(report))
 
 # %% ../../nbs/9_cli/02_main.ipynb #a5818162
-def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str | None, scale: float | None,
+def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str | None, scale: float | None,
            shown: bool) -> dict:
     "Bake a model, fuse its LoRAs at a scale if there is one, and print a summary; returns the manifest."
     from sdworker.build.bake import bake
 
     try:
         with plain_errors(), _of_bytes(shown, "fetched") as on_progress:
-            extras = settings().extras if extras is None else extras
-            manifest = bake(model, to, revision, variant, extras, on_progress)
+            addons = get_settings().addons if addons is None else addons
+            manifest = bake(model, to, revision, variant, addons, on_progress)
     except KeyboardInterrupt:
         typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
         os._exit(130)  # at once: a download that hangs would be waited for
@@ -211,47 +212,49 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, extras: str
     return manifest
 
 # %% ../../nbs/9_cli/02_main.ipynb #dbd74e5e
-def _capsule(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
-    "Compile a model; returns its capsule's folder, size in bytes and lowest PSNR in dB."
-    from sdworker.build.cache_dirs import capsule_places, usable_caches
+def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
+    "Compile a model; returns its AOT package's folder, size in bytes and lowest PSNR in dB."
+    from sdworker.build.cache_dirs import aot_dirs, usable_caches
     from sdworker.core.model_info import read_json
 
     with plain_errors(), _of_steps(shown) as on_progress:
         for moved in usable_caches():
             typer.echo(f"sdworker: {moved}", err=True)
-        from sdworker.aot.export import make_capsule
+        from sdworker.aot.export import export_package
 
-        chosen, card, place = _to_compile(model, name, device)
-        folder = make_capsule(card, capsule_places(chosen)[0], *place, chosen.quantize, on_progress)
+        settings, model_info, place = _to_compile(model, name, device)
+        folder = export_package(model_info, aot_dirs(settings)[0], *place, settings.quantize, on_progress)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "capsule.json")["psnr"]}
+        report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "aot.json")["psnr"]}
     if shown:
         typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, "
-                   f"{report['psnr']:.0f} dB from the pipeline at worst")
+                   f"{report['psnr']:.0f} dB from diffusers at worst")
     return report
 
 def _to_compile(model: Path | None, name: str | None, device: str | None):
-    "Return the settings, the model's card, and its device and number format."
-    from sdworker.build.locate import resolve
-    from sdworker.core.model_info import read_card
+    "Return the settings, the model's GPU, and its device and number format."
+    from sdworker.build.locate import locate_or_download
+    from sdworker.core.model_info import read_model_info
     from sdworker.engine.few_step import with_preset
     from sdworker.start.load import place
 
-    chosen = settings()
-    chosen = chosen.model_copy(update={"device": device or chosen.device})
-    card = with_preset(read_card(model or resolve(chosen), name or chosen.model), chosen.preset)
-    return chosen, card, place(chosen, card.family.gpu_dtype)
+    settings = get_settings()
+    settings = settings.model_copy(update={"device": device or settings.device})
+    model_info = with_preset(read_model_info(model or locate_or_download(settings), name or settings.model),
+                             settings.few_step)
+    return settings, model_info, place(settings, model_info.family.gpu_dtype)
 
 # %% ../../nbs/9_cli/02_main.ipynb #566396a4
 def _compile(model: Path | None, name: str | None, device: str | None, shown: bool) -> str:
     "Fill the compiler's cache for later starts; returns its folder."
     with plain_errors(), bar(shown and sys.stderr.isatty(), "compiling"):
-        from sdworker.engine.build_pipeline import defaults, pipeline_for
+        from sdworker.engine.build_pipeline import build_pipeline, defaults
         from sdworker.engine.torch_compile import fill_cache
 
-        chosen, card, place = _to_compile(model, name, device)
+        settings, model_info, place = _to_compile(model, name, device)
         folder = fill_cache(
-            pipeline_for(defaults(compile="regional", max_batch=chosen.max_batch), card, *place), chosen.max_batch)
+            build_pipeline(defaults(compile="regional", max_batch=settings.max_batch), model_info, *place),
+            settings.max_batch)
     if shown:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE=cached")
     return str(folder)
@@ -285,7 +288,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report))
     elif not report["folder"]:
-        typer.echo(f"{settings().model} is not here yet; the worker fetches it")
+        typer.echo(f"{get_settings().model} is not here yet; the worker fetches it")
     elif quick:
         typer.echo(f"{report['folder']} is whole at a quick look")
     else:
@@ -296,13 +299,13 @@ def verify(
 def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
     "Verify a folder, or the model of the settings."
     from sdworker.build.cache_dirs import usable_caches
-    from sdworker.build.locate import find
+    from sdworker.build.locate import locate
     from sdworker.build.manifest import MANIFEST, verify
 
     if folder:
         return verify(folder, quick, on_progress)
     usable_caches()  # as the worker does, so that both look in the same places
-    location = find(settings())
+    location = locate(get_settings())
     if not location:
         return {"folder": None, "quick": quick}
     if quick and not (location.folder / MANIFEST).exists():  # `find` has checked the files

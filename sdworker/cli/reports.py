@@ -65,7 +65,7 @@ def coldstart(
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, max=1000, help="Starts of each worker.")] = 3,
     against: Annotated[Literal["naive"] | None, typer.Option(
         help="Compare, in turn, with the usual worker: all imports at the top, then the model, then the SDK.")] = None,
-    engine: Annotated[Literal["auto", "capsule", "pipeline"] | None, typer.Option(
+    engine: Annotated[Literal["auto", "aot", "diffusers"] | None, typer.Option(
         help="What our worker draws with; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the waterfall into this .png or .svg file.")] = None,
@@ -77,7 +77,7 @@ def coldstart(
 
         sdworker coldstart
 
-        sdworker coldstart --against naive --engine capsule --repeat 7 --json
+        sdworker coldstart --against naive --engine AOT package --repeat 7 --json
 
         SDWORKER_LOAD=lazy sdworker coldstart --plot lazy.svg
     """
@@ -377,7 +377,7 @@ def doctor(
     with Console(stderr=True, quiet=as_json or not sys.stderr.isatty()).status("looking"):
         for one in run_checks(QUICK if quick else CHECKS):
             findings.append(one)
-            table.add_row(SIGNS[one.state], one.name, escape(one.found) + (f"\n[dim]{escape(one.remedy)}[/]"
+            table.add_row(SIGNS[one.state], one.name, escape(one.detail) + (f"\n[dim]{escape(one.remedy)}[/]"
                                                                           if one.remedy else ""))
     report = as_record(findings)
     if as_json:

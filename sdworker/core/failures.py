@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint_files import count_parameters, weight_files
-from .model_info import ModelCard, ModelError, causes
+from .model_info import ModelError, ModelInfo, causes
 
 log = logging.getLogger("sdworker")
 
@@ -155,11 +155,11 @@ def _installed(package: str) -> bool:
 # %% ../../nbs/0_core/07_failures.ipynb #fbf79673
 _CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces); a guess, since none was measured
 
-def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, quantized: bool) -> ModelError:
+def _memory_error(model: ModelInfo, device: str, dtype: str, error: Exception, quantized: bool) -> ModelError:
     "An error with the bytes needed, the bytes that exist, and the settings that fit."
-    sizes = component_bytes(card.folder, "float16")
+    sizes = component_bytes(model.folder, "float16")
     needed = sum(sizes.values()) * (2 if dtype == "float32" else 1)
-    text = f"the weights of {card.name} take {needed / 1e9:.3g} GB in {dtype}"
+    text = f"the weights of {model.name} take {needed / 1e9:.3g} GB in {dtype}"
     text += ", less with SDWORKER_QUANTIZE" if quantized else ""
     if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)  # also under offloading
                                for cause in causes(error)):
@@ -169,7 +169,7 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, qu
         room = free + torch.cuda.memory_reserved()  # memory of an aborted load can be reused
     except RuntimeError:  # not even a context fits
         return ModelError(f"{text}, and the GPU has no memory left; see what else runs on it.")
-    options = " or ".join(fitting_settings(sizes, card.denoiser, room, dtype, quantized))
+    options = " or ".join(fitting_settings(sizes, model.denoiser, room, dtype, quantized))
     return ModelError(f"{text}, and the GPU has {room / 1e9:.3g} of {total / 1e9:.3g} GB for them; set {options}, or "
                       "choose a GPU with more memory.", lasting=not quantized and needed > total - _CONTEXT)
 
@@ -177,7 +177,7 @@ def _memory_error(card: ModelCard, device: str, dtype: str, error: Exception, qu
 _CLIENTS = ("requests", "httpx", "httpcore", "urllib3", "huggingface_hub")  # their errors mean the network
 
 def load_error(
-    card: ModelCard,  # of the model that was being loaded
+    model: ModelInfo,  # of the model that was being loaded
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     error: Exception,  # from the libraries that load
@@ -185,24 +185,24 @@ def load_error(
     quantized: bool = False,  # whether some weights are quantized
 ) -> ModelError:  # to be raised; lasting if a retry cannot help
     "Turn an error raised while a model was loaded into one sentence with a remedy."
-    where, reason = folder or card.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
+    where, reason = folder or model.folder, (str(error).strip() or type(error).__name__).splitlines()[0]
     if loss := device_loss(error):
         return _device_error(loss)
     if memory_is_out(error):
-        return _memory_error(card, device, dtype, error, quantized)
+        return _memory_error(model, device, dtype, error, quantized)
     if transient := _disk_or_network(error):
-        return ModelError(f"{card.name} cannot be loaded from {where} at present ({transient}); see to the disk or "
+        return ModelError(f"{model.name} cannot be loaded from {where} at present ({transient}); see to the disk or "
                           "volume and to the network, and try again.")
     if isinstance(error, ImportError):
-        return ModelError(f"{card.name} needs a package that cannot be imported ({reason}); install it.", lasting=True)
+        return ModelError(f"{model.name} needs a package that cannot be imported ({reason}); install it.", lasting=True)
     if "automatic conversion of the weights" in reason:  # transformers' only message, whatever failed in quantizing
-        return ModelError(f"the weights of {card.name} cannot be quantized, for want of memory or because they do not "
+        return ModelError(f"the weights of {model.name} cannot be quantized, for want of memory or because they do not "
                           "suit it; choose a GPU with more memory, or change SDWORKER_QUANTIZE.")
     if "CUDA" in reason or "cuDNN" in reason:
-        log.error("%s cannot be loaded onto the GPU:", card.name, exc_info=error)  # its traceback is dropped later
-        return ModelError(f"{card.name} cannot be loaded onto the GPU ({reason}); start the worker anew, check the "
+        log.error("%s cannot be loaded onto the GPU:", model.name, exc_info=error)  # its traceback is dropped later
+        return ModelError(f"{model.name} cannot be loaded onto the GPU ({reason}); start the worker anew, check the "
                           "driver with `sdworker doctor`, and see the log for the traceback.")
-    return ModelError(f"{card.name} cannot be loaded from {where}, so a file there is damaged or of another model; "
+    return ModelError(f"{model.name} cannot be loaded from {where}, so a file there is damaged or of another model; "
                       f"fetch it again ({error}).", lasting=True)
 
 # %% ../../nbs/0_core/07_failures.ipynb #3488a541
@@ -217,7 +217,7 @@ def _disk_or_network(error: BaseException) -> str:
 # %% ../../nbs/0_core/07_failures.ipynb #22d53a56
 @contextmanager
 def load_guard(
-    card: ModelCard,  # of the model that is prepared
+    model: ModelInfo,  # of the model that is prepared
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     quantized: bool = False,  # whether some weights are quantized
@@ -229,5 +229,5 @@ def load_guard(
         raise
     except Exception as error:
         if memory_is_out(error) or device_loss(error):
-            raise load_error(card, device, dtype, error, quantized=quantized) from error
+            raise load_error(model, device, dtype, error, quantized=quantized) from error
         raise

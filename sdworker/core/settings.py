@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'QUANTIZED', 'PROFILES', 'quantized_parts', 'Settings', 'complaint', 'SettingsError', 'read_settings',
-           'settings']
+           'get_settings']
 
 # %% ../../nbs/0_core/01_settings.ipynb #c7ac97c2
 import difflib
@@ -27,9 +27,9 @@ class _Weights(BaseSettings):
         "`stabilityai/stable-diffusion-xl-base-1.0`"))
     revision: str | None = Field(
         None, description="Commit, tag or branch of a model id; a commit is the only one that cannot change")
-    extras: str = Field("", description=(
-        "Baked beside the model: components and LoRAs as `name=owner/name@commit` or `...@commit:file`, separated by "
-        "commas"))
+    addons: str = Field("", description=(
+        "Add-ons baked with the model: components and LoRAs as `name=owner/name@commit` or `...@commit:file`, "
+        "separated by commas"))
     baked: str = Field("/model", min_length=1, description="Folder of the model that is baked into the image")
     volume: str = Field("/runpod-volume", min_length=1, description=(
         "Where RunPod mounts its cached models and network volumes"))
@@ -65,22 +65,25 @@ def quantized_parts(
 # %% ../../nbs/0_core/01_settings.ipynb #72556823
 class _Drawing(_Log):
     "The engine and its switches."
-    engine: Literal["auto", "capsule", "pipeline"] = Field("auto", description=(
-        "What draws: compiled code or diffusers; `auto`: a capsule that fits, and the pipeline for what it cannot do"))
-    capsules: str = Field("", description="Folder of capsules, beside that on the volume; empty: in the user's cache")
-    make_capsule: bool = Field(False, description="Where no capsule fits, make one after the first answer; needs g++")
+    engine: Literal["auto", "aot", "diffusers"] = Field("auto", description=(
+        "Which engine draws: `aot`, compiled ahead of time, or `diffusers`; `auto`: an AOT package that fits, and "
+        "diffusers for the rest"))
+    aot_dir: str = Field("", description=(
+        "Folder of AOT packages, beside that on the volume; empty: in the user's cache"))
+    aot_build: bool = Field(False, description=(
+        "Where no AOT package fits, make one after the first answer; needs g++"))
     attention: Literal["sdpa", "xformers", "sliced", "xformers+sliced"] = Field(
-        "sdpa", description="Attention of the pipeline; `sdpa` is PyTorch's own, and what compiled code has")
-    vae: Literal["whole", "sliced", "tiled"] = Field(
-        "whole", description="Decode the images of a call at once, one by one, or also tile by tile")
+        "sdpa", description="Attention of the diffusers engine; `sdpa` is PyTorch's own, and what compiled code has")
+    vae_decode: Literal["full", "sliced", "tiled"] = Field(
+        "full", description="Decode the images of a call at once, one by one, or also tile by tile")
     offload: Literal["none", "model", "sequential"] = Field("none", description=(
         "Keep weights in the machine's memory, and copy a component or a layer at a time to the GPU"))
-    channels_last: bool = Field(False, description="Store convolution weights of the pipeline channels last")
+    channels_last: bool = Field(False, description="Store convolution weights of the diffusers engine channels last")
     compile: Literal["off", "cuda-graph", "reduce-overhead", "regional", "cached"] = Field("off", description=(
         "Before the first job, with lazy loading within it, record the denoiser as a CUDA graph or compile it: "
         "`reduce-overhead` the whole, `regional` one block for all, `cached` the same from a folder filled by "
         "`bake --compile-cache`"))
-    lora_scale: float = Field(1.0, ge=0, le=2, description="How strongly the LoRAs among the extras are added")
+    lora_scale: float = Field(1.0, ge=0, le=2, description="How strongly the LoRAs among the add-ons are added")
     step_cache: int = Field(1, ge=1, le=10, description=(
         "Denoising steps of which one is computed in full, and the others reuse its deep layers; 1: all are"))
     quantize: str = Field("off", description=(
@@ -96,8 +99,8 @@ class _Drawing(_Log):
 # %% ../../nbs/0_core/01_settings.ipynb #03117b67
 PROFILES = {  # defaults in a profile; a setting of one's own goes before
     "fast": {},
-    "guide": {"engine": "pipeline", "attention": "xformers+sliced", "load": "lazy"},
-    "lowmem": {"engine": "pipeline", "vae": "tiled", "offload": "model", "max_batch": 1},
+    "guide": {"engine": "diffusers", "attention": "xformers+sliced", "load": "lazy"},
+    "lowmem": {"engine": "diffusers", "vae_decode": "tiled", "offload": "model", "max_batch": 1},
 }
 
 class Settings(_Drawing):
@@ -106,17 +109,17 @@ class Settings(_Drawing):
 
     profile: Literal["fast", "guide", "lowmem"] = Field(
         "fast", description="Which set of defaults the other settings have")
-    preset: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm", "schnell"] = Field(
+    few_step: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm", "schnell"] = Field(
         "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(
         "background", description="Load the model while the SDK starts, at the first request, or before the SDK starts")
     lean: bool = Field(True, description=(
-        "Import without torch's compiler and other parts that a start does not use; stand-ins take their place"))
+        "Import without torch's compiler and other parts that a start does not use; stubs take their place"))
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
-    max_side: int = Field(1536, ge=64, le=8192, description="Largest width or height, pixels")
-    max_prompt: int = Field(2000, ge=1, le=100_000, description="Longest prompt, characters")
+    max_size_px: int = Field(1536, ge=64, le=8192, description="Largest width or height, pixels")
+    max_prompt_chars: int = Field(2000, ge=1, le=100_000, description="Longest prompt, characters")
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +167,6 @@ def read_settings() -> Settings:  # validated, and immutable
 
 # %% ../../nbs/0_core/01_settings.ipynb #7e3ef1be
 @lru_cache(maxsize=1)
-def settings() -> Settings:  # the same object at each call
+def get_settings() -> Settings:  # the same object at each call
     "Return the settings of this process, read at the first call; raises `SettingsError`."
     return read_settings()

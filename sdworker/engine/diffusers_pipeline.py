@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['randn', 'use_float32_noise', 'load_pipeline', 'bare_components', 'denoiser_of', 'encode_prompts', 'scheduler_for',
-           'generators', 'denoise', 'to_pixels', 'as_bytes', 'decode', 'PipelineEngine']
+           'generators', 'denoise', 'to_pixels', 'as_bytes', 'decode', 'DiffusersEngine']
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #63a489d9
 import copy
@@ -17,7 +17,7 @@ import torch
 
 from ..core.checkpoint_files import components, weight_files
 from ..core.failures import load_error
-from ..core.model_info import UNUSED, ModelCard, read_json
+from ..core.model_info import UNUSED, ModelInfo, read_json
 from ..core.schedulers import SAMPLERS
 from .types import Encoded, ImageSpec, OnStep, SamplingParams
 
@@ -51,7 +51,7 @@ def use_float32_noise() -> None:
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #3e295769
 def load_pipeline(
-    card: ModelCard,
+    model: ModelInfo,
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     weights: Mapping[str, torch.Tensor] | None = None,  # on the device already, to be shared: "unet.conv_in.weight"
@@ -66,19 +66,19 @@ def load_pipeline(
         library.disable_progress_bar()  # a worker's log is no terminal
     transformers_logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
     use_float32_noise()
-    half = any(".fp16" in path.name for path in weight_files(card.folder))
-    index = read_json(card.folder / "model_index.json")
+    half = any(".fp16" in path.name for path in weight_files(model.folder))
+    index = read_json(model.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
-    takes = signature(getattr(diffusers, card.pipeline, dict).__init__).parameters
-    extra |= {name: value for name, value in card.family.load.items() if name in takes}
+    takes = signature(getattr(diffusers, model.pipeline, dict).__init__).parameters
+    extra |= {name: value for name, value in model.family.load.items() if name in takes}
     extra |= {"quantization_config": quantization} if quantization else {}
     try:
-        built = _on_weights(card, weights) if weights else {}
+        built = _on_weights(model, weights) if weights else {}
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            card.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
+            model.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
     except Exception as error:
-        raise load_error(card, device, dtype, error, quantized=bool(quantization)) from error
+        raise load_error(model, device, dtype, error, quantized=bool(quantization)) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # of other pipelines half precision is what their VAE is called with
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
@@ -92,25 +92,25 @@ def _of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 def bare_components(
-    card: ModelCard,
+    model: ModelInfo,
 ) -> dict[str, torch.nn.Module]:  # by name
     "A model's components in single precision without any numbers, on torch's `meta` device."
     import diffusers
     import transformers
 
     modules = {}
-    for name, class_name in components(card.folder):
-        cls, folder = getattr(diffusers, class_name, None) or getattr(transformers, class_name), card.folder / name
+    for name, class_name in components(model.folder):
+        cls, folder = getattr(diffusers, class_name, None) or getattr(transformers, class_name), model.folder / name
         if issubclass(cls, torch.nn.Module):
             with torch.device("meta"):
                 modules[name] = (cls(cls.config_class.from_pretrained(folder)) if hasattr(cls, "config_class") else
                                  cls.from_config(cls.load_config(folder)))
     return modules
 
-def _on_weights(card: ModelCard, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
+def _on_weights(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
     "The components that can be built of weights that have been loaded."
     modules = {}
-    for name, module in bare_components(card).items():
+    for name, module in bare_components(model).items():
         if own := _of(name, weights):
             if {*module.state_dict(), *dict(module.named_buffers())} <= own.keys():
                 _assign(module, own)
@@ -228,13 +228,13 @@ def decode(
     return to_pixels(pipe.vae, latents).cpu().numpy()
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #aefbca2d
-class PipelineEngine:
+class DiffusersEngine:
     "Draws from noise with a diffusers pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
-    def __init__(self, card: ModelCard, device: str = "cpu", dtype: str = "float32",
+    def __init__(self, model: ModelInfo, device: str = "cpu", dtype: str = "float32",
                  weights: Mapping[str, torch.Tensor] | None = None,
                  quantization: "PipelineQuantizationConfig | None" = None):
-        self.card, self.device, self.dtype, self.warnings = card, device, dtype, []  # for each answer
-        self.pipe = load_pipeline(card, device, dtype, weights, quantization)
+        self.model, self.device, self.dtype, self.warnings = model, device, dtype, []  # for each answer
+        self.pipe = load_pipeline(model, device, dtype, weights, quantization)
 
     def route(self, params, images):
         return self, self.warnings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..core.families import Preset
-from ..core.model_info import ModelCard
+from ..core.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -20,25 +20,25 @@ log = logging.getLogger("sdworker")
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #85752798
 def preset_of(
-    card: ModelCard,  # with the family and the model's name
-    setting: str = "auto",  # as in SDWORKER_PRESET
+    model: ModelInfo,  # with the family and the model's name
+    setting: str = "auto",  # as in SDWORKER_FEW_STEP
 ) -> Preset | None:  # None: the model is no few-step model, or the family has no such preset
     "The few-step preset that is set; with \"auto\", the one whose name is in the model's name."
-    known = card.family.few
+    known = model.family.few
     if setting == "auto":
-        model = card.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
-        return next((preset for name, preset in known.items() if name in model), None)
+        model_name = model.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
+        return next((preset for name, preset in known.items() if name in model_name), None)
     return known.get(setting)
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #185e73f5
 def with_preset(
-    card: ModelCard,  # of any model
-    setting: str = "auto",  # as in SDWORKER_PRESET
-) -> ModelCard:  # unchanged if there is no preset
-    "A card with the preset's steps and guidance as defaults of requests."
-    if preset := preset_of(card, setting):
-        return replace(card, steps=preset.steps, guidance=preset.guidance)
-    return card
+    model: ModelInfo,  # of any model
+    setting: str = "auto",  # as in SDWORKER_FEW_STEP
+) -> ModelInfo:  # unchanged if there is no preset
+    "A GPU with the preset's steps and guidance as defaults of requests."
+    if preset := preset_of(model, setting):
+        return replace(model, steps=preset.steps, guidance=preset.guidance)
+    return model
 
 def use_preset(
     pipe: "DiffusionPipeline",  # is changed in place
@@ -46,7 +46,7 @@ def use_preset(
 ) -> None:
     "Set a pipeline's sampler to a preset's, with `trailing` spacing: the first step is at full noise."
     if preset and preset.sampler:
-        from sdworker.engine.diffusers_pipeline import scheduler_for  # it imports torch; cards are read before that
+        from sdworker.engine.diffusers_pipeline import scheduler_for  # it imports torch; GPUs are read before that
 
         scheduler = scheduler_for(pipe.scheduler, preset.sampler)
         vars(pipe)["scheduler"] = scheduler.from_config(scheduler.config, timestep_spacing="trailing")

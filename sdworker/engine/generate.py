@@ -53,7 +53,7 @@ class BatchSizes:
             del sizes[other]
 
     def _kind(self, params: SamplingParams) -> tuple:
-        return params.mode, params.guided > 0, params.refine_from < 1
+        return params.mode, params.guided > 0, params.refiner_start < 1
 
 BATCH_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # for as long as an engine lives
 
@@ -104,8 +104,8 @@ def draw(
 ) -> Drawn:
     "Draw images in batches, on the engine that `engine` routes them to; raises `Unsuited` or `ModelError`."
     timings, pictures = Timings(), []
-    if params.refine_from is None:
-        params = replace(params, refine_from=_default_refine_from(engine, params))
+    if params.refiner_start is None:
+        params = replace(params, refiner_start=_default_refine_from(engine, params))
     engine, warnings = engine.route(params, min(max_batch, len(specs)))
     def draw_batch(batch: Sequence[ImageSpec]) -> None:
         for picture in _draw_batch(engine, batch, params, timings, on_step and (lambda done, total: on_step(
@@ -113,15 +113,15 @@ def draw(
             pictures.append(picture)
             on_picture(picture)
     sizes = BATCH_SIZES.setdefault(engine, BatchSizes())
-    halved = in_batches(specs, min(max_batch, engine.card.family.batch), draw_batch, params, sizes)
+    halved = in_batches(specs, min(max_batch, engine.model.family.batch), draw_batch, params, sizes)
     return Drawn(pictures, timings, warnings + halved)
 
 # %% ../../nbs/2_engine/03_generate.ipynb #ed7c9d5f
 def _default_refine_from(engine: Engine, params: SamplingParams) -> float:
     "0.8 where a refiner can take part: from noise alone, with guidance to the end, and with a step left to the base."
-    default, refiner = replace(params, refine_from=0.8), getattr(engine, "refine", None)
+    default, refiner = replace(params, refiner_start=0.8), getattr(engine, "refine", None)
     suits = refiner and params.mode == "txt2img" and params.guided in (0, params.steps) and refiner.split(default)[0]
-    return default.refine_from if suits else 1.0
+    return default.refiner_start if suits else 1.0
 
 @device_guard()
 def _draw_batch(engine: Engine, batch: Sequence[ImageSpec], params: SamplingParams, timings: Timings,
@@ -134,7 +134,7 @@ def _draw_batch(engine: Engine, batch: Sequence[ImageSpec], params: SamplingPara
     marks.append(mark(engine.device))
     pixels = engine.decode(latents)
     marks.append(mark(engine.device))
-    for name, begin, end in zip(("encode", "denoise", "decode"), marks[:-1], marks[1:], strict=True):
+    for name, begin, end in zip(("text_encoder", "denoise", "decode"), marks[:-1], marks[1:], strict=True):
         timings[name] = timings.get(name, 0.0) + between(begin, end)
     seconds = between(marks[0], marks[-1]) / len(batch)
     return [Picture(Image.fromarray(p), s.prompt, s.seed, seconds) for p, s in zip(pixels, batch, strict=True)]
@@ -149,5 +149,5 @@ def generate(
     **fields: Any,  # of `Request`
 ) -> Drawn:
     "Make a request, prepare it and draw; raises `ValueError` for a field that is wrong."
-    params, specs = prepare(Request(prompt=prompt, **fields), engine.card)
+    params, specs = prepare(Request(prompt=prompt, **fields), engine.model)
     return draw(engine, params, specs, max_batch, on_step, on_picture)

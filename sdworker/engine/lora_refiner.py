@@ -23,7 +23,7 @@ from ..build.hub_download import sha256_of
 from ..build.manifest import read_manifest, set_writable, write_manifest
 from ..core.checkpoint_files import header_of, weight_files
 from ..core.failures import device_loss, load_error, memory_is_out
-from ..core.model_info import ModelError, Unsuited, read_card
+from ..core.model_info import ModelError, Unsuited, read_model_info
 from .diffusers_pipeline import denoise, encode_prompts, generators, load_pipeline, scheduler_for
 from .types import Encoded, ImageSpec, OnStep, SamplingParams
 
@@ -126,11 +126,11 @@ def _add_loras(pipe: "DiffusionPipeline", folder: Path, scale: float) -> list[st
 # %% ../../nbs/2_engine/12_lora_refiner.ipynb #a6630e5d
 def _fused_weights(folder: Path, to: Path, scale: float) -> dict[str, list[Path]]:
     "Write the components that LoRAs change, in their stored number format; returns the files by component."
-    card, formats = read_card(folder), {"F16": "float16", "BF16": "bfloat16"}
+    model, formats = read_model_info(folder), {"F16": "float16", "BF16": "bfloat16"}
     stored = {path.parent.name: path for path in weight_files(folder)}
     dtypes = {component: formats.get(next(iter(header_of(path)[1].values()))["dtype"], "float32")
               for component, path in stored.items()}
-    pipe = load_pipeline(card, dtype=dtypes[card.denoiser])
+    pipe = load_pipeline(model, dtype=dtypes[model.denoiser])
     _add_loras(pipe, folder, scale)
     changed = list(pipe.get_list_adapters())
     pipe.fuse_lora(components=changed)
@@ -154,7 +154,7 @@ def fuse_loras(
                          "the model into another folder.", lasting=True)
     loras = [entry for entry in manifest["files"] if entry["file"].startswith("loras/")]
     if not loras:
-        raise ModelError(f"{folder} has no LoRAs to fuse; name them among the extras.", lasting=True)
+        raise ModelError(f"{folder} has no LoRAs to fuse; name them among the add-ons.", lasting=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         changed = _fused_weights(folder, Path(scratch), scale)
         set_writable(folder, True)
@@ -180,14 +180,14 @@ def _refiner_unet(engine: "FamilyEngine", quantization: Any) -> torch.nn.Module:
     "Load the refiner's denoiser with the base's dtype, quantization and device (under offload, the processor)."
     from diffusers import UNet2DConditionModel
 
-    folder, extra = engine.card.folder / "refiner", {"quantization_config": quantization} if quantization else {}
+    folder, extra = engine.model.folder / "refiner", {"quantization_config": quantization} if quantization else {}
     try:
         return UNet2DConditionModel.from_pretrained(
             folder, torch_dtype=getattr(torch, engine.dtype), use_safetensors=True, local_files_only=True,
             variant="fp16" if any(".fp16" in path.name for path in folder.iterdir()) else None,
             **extra).to(engine.pipe.device)
     except Exception as error:
-        raise load_error(engine.card, engine.device, engine.dtype, error, folder, bool(quantization)) from error
+        raise load_error(engine.model, engine.device, engine.dtype, error, folder, bool(quantization)) from error
 
 # %% ../../nbs/2_engine/12_lora_refiner.ipynb #63f5b15f
 class Refiner:
@@ -209,24 +209,24 @@ class Refiner:
         scheduler = scheduler_for(self.base.scheduler, params.sampler)
         scheduler.set_timesteps(params.steps)
         trained = scheduler.config.num_train_timesteps
-        refined = sum(t < round(trained - params.refine_from * trained) for t in scheduler.timesteps.tolist())
+        refined = sum(t < round(trained - params.refiner_start * trained) for t in scheduler.timesteps.tolist())
         return len(scheduler.timesteps) - refined, refined
 
     def __call__(self, encoded: Encoded, specs: "Sequence[ImageSpec]", params: SamplingParams,
                  on_step: OnStep | None = None) -> torch.Tensor:  # latents
         first, last = self.split(params)
         if not first:
-            raise Unsuited(f"refine_from is {params.refine_from:g}, which leaves the base no step of {last}: give "
+            raise Unsuited(f"refiner_start is {params.refiner_start:g}, which leaves the base no step of {last}: give "
                            "more.")
         if not last:
             return denoise(self.base, encoded, specs, params, on_step)
         def counted_from(before: int) -> OnStep:  # Heun takes one more step where it is split
             return lambda done, _: on_step and on_step(min(before + done, first + last), first + last)
         noise = generators(specs)  # shared: with new ones, a sampler that adds noise would repeat the first
-        latents = denoise(self.base, encoded, specs, params, counted_from(0), denoising_end=params.refine_from,
+        latents = denoise(self.base, encoded, specs, params, counted_from(0), denoising_end=params.refiner_start,
                           generator=noise)
         return denoise(self.pipe, encode_prompts(self.pipe, specs, params), specs, params, counted_from(first),
-                       denoising_start=params.refine_from, image=latents, generator=noise)
+                       denoising_start=params.refiner_start, image=latents, generator=noise)
 
 # %% ../../nbs/2_engine/12_lora_refiner.ipynb #7b3e0c1e
 def use_addons(
@@ -235,7 +235,7 @@ def use_addons(
     quantization: "PipelineQuantizationConfig | None" = None,  # of the base; see `quantize`
 ) -> str:  # for the answer's "warnings"; empty: all of it is used
     "Load the LoRAs and the refiner that were baked with a model. Raises `ModelError` if one does not fit."
-    folder = engine.card.folder
+    folder = engine.model.folder
     loras = _add_loras(engine.pipe, folder, scale)
     if (folder / "refiner").is_dir():
         engine.refine = Refiner(engine, quantization and quantization.quant_mapping.get("unet"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.checkpoint_files import components
-from ..core.model_info import ModelCard
+from ..core.model_info import ModelInfo
 from ..core.settings import quantized_parts
 
 if TYPE_CHECKING:
@@ -53,22 +53,23 @@ def missing_requirement(
     if requirement.cuda and (device != "cuda" or not torch.cuda.is_available()):
         return f"{method} needs a CUDA device"
     if requirement.cuda and (capability := torch.cuda.get_device_capability()) < requirement.min_capability:
-        return "{} needs compute capability {}.{}, and this card has {}.{}".format(
+        return "{} needs compute capability {}.{}, and this GPU has {}.{}".format(
             method, *requirement.min_capability, *capability)
     return "" if find_spec(requirement.library) else f"{method} needs {requirement.library}, which is not installed"
 
 # %% ../../nbs/2_engine/08_quantize.ipynb #eb75b9c8
 def quantization(
     setting: str,  # SDWORKER_QUANTIZE, such as "int8" or "denoiser=nf4,text_encoder_2=int8"
-    card: ModelCard,  # its folder has the components
+    model: ModelInfo,  # its folder has the components
     device: str,  # "cpu" or "cuda"
 ) -> tuple["PipelineQuantizationConfig | None", str]:  # for `load_pipeline`, and a warning; empty: all is used
     "The quantization that a pipeline is loaded with."
-    parts = {card.denoiser if name == "denoiser" else name: method for name, method in quantized_parts(setting).items()}
-    classes = dict(components(card.folder))
-    with_weights = [name for name in classes if any((card.folder / name).glob("*.safetensors"))]
+    parts = {model.denoiser if name == "denoiser" else name: method for name,
+             method in quantized_parts(setting).items()}
+    classes = dict(components(model.folder))
+    with_weights = [name for name in classes if any((model.folder / name).glob("*.safetensors"))]
     reasons = {name: missing_requirement(method, device) if name in with_weights else
-               f"{card.name} has no weights in {name}" for name, method in parts.items()}
+               f"{model.name} has no weights in {name}" for name, method in parts.items()}
     used = {name: method for name, method in parts.items() if not reasons[name]}
     reason = "; ".join(dict.fromkeys(filter(None, reasons.values())))
     warning = reason and (

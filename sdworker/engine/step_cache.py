@@ -27,12 +27,12 @@ class DeepCache:
                  every: int,  # k, 1 or more
                  warmup: float = 0.25):  # share of the steps that are computed in full first, 0 to 1
         self.every, self.warmup, self.outputs = every, warmup, {}
-        self.begin(0)
+        self.reset_step_cache(0)
         for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
             block.forward = self._around(block.forward)
         unet.register_forward_pre_hook(self._next)
 
-    def begin(self, steps: int) -> None:  # calls of the denoiser for the picture
+    def reset_step_cache(self, steps: int) -> None:  # calls of the denoiser for the picture
         "Start a new picture: drop the outputs of the last one."
         self.step, self.first, self.size = 0, math.ceil(self.warmup * steps), None
         self.outputs.clear()
@@ -58,14 +58,14 @@ def use_step_cache(
     if every == 1:
         return ""
     denoiser = denoiser_of(engine.pipe)
-    method = engine.card.family.step_cache
+    method = engine.model.family.step_cache
     if method == "deepcache":
-        engine.begin = DeepCache(denoiser, every).begin
+        engine.reset_step_cache = DeepCache(denoiser, every).reset_step_cache
     elif method == "taylorseer":
         from diffusers import TaylorSeerCacheConfig
 
         denoiser.enable_cache(TaylorSeerCacheConfig(cache_interval=every))
-        engine.begin = lambda steps: denoiser._reset_stateful_cache()  # also after a picture that failed
+        engine.reset_step_cache = lambda steps: denoiser._reset_stateful_cache()  # also after a picture that failed
     else:
         log.warning("step cache not used: there is none for %s", type(denoiser).__name__)
         return f"SDWORKER_STEP_CACHE is {every}, which is not used: there is none for {type(denoiser).__name__}."

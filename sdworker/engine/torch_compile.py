@@ -26,9 +26,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..core.checkpoint_files import write_file
-from ..core.model_info import ModelCard, ModelError, read_json
+from ..core.model_info import ModelError, ModelInfo, read_json
 from .compiler_options import architecture, host_options, quoted_libraries
-from .diffusers_pipeline import PipelineEngine
+from .diffusers_pipeline import DiffusersEngine
 from .generate import generate
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #eb1e0ff6
 def why_not_compiled(
     mode: str,  # "cuda-graph", "reduce-overhead", "regional" or "cached"
-    card: ModelCard,
+    model: ModelInfo,
     device: str,  # "cpu" or "cuda"
     dtype: str,
     offload: str = "none",  # as in the settings
@@ -49,8 +49,8 @@ def why_not_compiled(
     "Why a denoiser cannot be compiled here."
     if other:
         return f"{other} is on"
-    if card.family.grows and mode in ("cuda-graph", "reduce-overhead"):
-        return f"a longer prompt is a larger call of {card.family.name}, and this code is for calls of one size"
+    if model.family.grows and mode in ("cuda-graph", "reduce-overhead"):
+        return f"a longer prompt is a larger call of {model.family.name}, and this code is for calls of one size"
     if offload != "none":
         return f"SDWORKER_OFFLOAD is {offload!r}, which moves the weights about while they are drawn with"
     if mode == "cuda-graph":
@@ -60,13 +60,13 @@ def why_not_compiled(
         return f"there is no C++ compiler called {compiler} here; install one, or name another as CXX"
     if device == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler, and there is neither gcc nor clang here; install one, or name another as CC"
-    return why_not_cached(cache_folder(), cache_key(card, device, dtype, most)) if mode == "cached" else ""
+    return why_not_cached(cache_folder(), cache_key(model, device, dtype, most)) if mode == "cached" else ""
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #0f14fb6f
 def use_compile(
     pipe: "DiffusionPipeline",
     mode: str,  # "off", "cuda-graph", "reduce-overhead", "regional" or "cached"
-    card: ModelCard,  # of the pipeline's model
+    model: ModelInfo,  # of the pipeline's model
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",
     offload: str = "none",  # this and what follows as of `why_not_compiled`
@@ -76,10 +76,10 @@ def use_compile(
     "Choose how `prepare` compiles a pipeline's denoiser; until then it draws as it is."
     if mode == "off":
         return ""
-    if reason := why_not_compiled(mode, card, device, dtype, offload, other, most):
+    if reason := why_not_compiled(mode, model, device, dtype, offload, other, most):
         log.warning("not compiled: %s", reason)
         return f"SDWORKER_COMPILE is {mode!r}, which is not used: {reason}."
-    getattr(pipe, card.denoiser).compile_mode = mode
+    getattr(pipe, model.denoiser).compile_mode = mode
     return ""
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #7ac55e0b
@@ -184,7 +184,7 @@ def cache_folder() -> Path:
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #7e7fd3a6
 def cache_key(
-    card: ModelCard,
+    model: ModelInfo,
     device: str,  # "cpu" or "cuda"
     dtype: str,
     most: int = 4,  # images in one call
@@ -197,8 +197,8 @@ def cache_key(
             return "none"
     return {"torch": torch.__version__, "triton": version("triton"), "diffusers": version("diffusers"),
             "architecture": architecture(device), "dtype": dtype,
-            "shapes": f"1 to {most} images of {card.side} pixels",
-            "denoiser": (card.folder / card.denoiser / "config.json").read_text(encoding="utf-8")}
+            "shapes": f"1 to {most} images of {model.side} pixels",
+            "denoiser": (model.folder / model.denoiser / "config.json").read_text(encoding="utf-8")}
 
 NOTE = "sdworker.json"  # in the cache's folder: its key
 
@@ -246,19 +246,20 @@ def _abandoned(path: Path) -> bool:
         return False
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #b17d2faa
-def _warmup_inputs(card: ModelCard, mode: str) -> list[tuple[str, int]]:
+def _warmup_inputs(model: ModelInfo, mode: str) -> list[tuple[str, int]]:
     "Prompts and heights in pixels. Blocks get a second pair, so that the compiler takes neither length for a constant."
-    flat = max(1, round(0.75 * card.side / card.multiple)) * card.multiple
-    return [("", card.side)] + [("a large red star on a blue background " * 4, flat)] * (mode in ("regional", "cached"))
+    flat = max(1, round(0.75 * model.side / model.multiple)) * model.multiple
+    return [("", model.side)] + [("a large red star on a blue background " * 4, flat)] * (mode in ("regional",
+                                                                                                   "cached"))
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #972c7978
-def _draw(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
+def _draw(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None:
     "Draw two steps for each number of images and each of the sizes that the mode needs."
-    for images, (prompt, height) in product(batches, _warmup_inputs(engine.card, mode)):
-        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refine_from=1.0,
-                 width=engine.card.side, height=height)
+    for images, (prompt, height) in product(batches, _warmup_inputs(engine.model, mode)):
+        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refiner_start=1.0,
+                 width=engine.model.side, height=height)
 
-def _compile(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
+def _compile(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None:
     "Compile at the first calls, and nothing afterwards."
     from torch._dynamo.utils import counters
     from torch._inductor.runtime import cache_dir_utils
@@ -277,11 +278,11 @@ def _compile(engine: PipelineEngine, mode: str, batches: Sequence[int]) -> None:
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #f46663da
 def prepare(
-    engine: PipelineEngine,  # after `use_compile`
+    engine: DiffusersEngine,  # after `use_compile`
     batches: Sequence[int] = (1,),  # images in one call
 ) -> float:  # seconds; 0: there is nothing to compile
     "Compile in this thread, which must be the one that draws. If that fails, the engine warns, and draws as before."
-    denoiser = getattr(engine.pipe, engine.card.denoiser)
+    denoiser = getattr(engine.pipe, engine.model.denoiser)
     if not (mode := getattr(denoiser, "compile_mode", "")):
         return 0.0
     start = time.perf_counter()
@@ -303,7 +304,7 @@ def prepare(
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #9bc7a54b
 def fill_cache(
-    engine: PipelineEngine,  # with mode "regional"
+    engine: DiffusersEngine,  # with mode "regional"
     most: int = 4,  # images in one call
 ) -> Path:  # the folder
     "Compile into the cache's folder, or raise `ModelError`."
@@ -311,10 +312,10 @@ def fill_cache(
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     prepare(engine, range(1, most + 1))
-    if not is_compiled(getattr(engine.pipe, engine.card.denoiser)):
+    if not is_compiled(getattr(engine.pipe, engine.model.denoiser)):
         raise ModelError(" ".join(engine.warnings) or "nothing here is to be compiled; load with 'regional'.",
                          lasting=True)
-    key = cache_key(engine.card, engine.device, engine.dtype, most=most)
+    key = cache_key(engine.model, engine.device, engine.dtype, most=most)
     write_file(folder / NOTE, json.dumps(key, indent=1).encode())
     return folder
 

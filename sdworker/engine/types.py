@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..core.model_info import ModelCard, fit
+from ..core.model_info import ModelInfo, fit
 from ..core.schedulers import STAND_INS, sampler_named
 from ..core.timing import Timings
 
@@ -63,19 +63,19 @@ class Request(BaseModel):
     height: int | None = None  # pixels
     steps: int | None = Field(None, alias="num_inference_steps")  # denoising steps
     guidance: float | None = Field(None, alias="guidance_scale", ge=0, le=30, allow_inf_nan=False)  # scale; 1: off
-    guidance_end: float | None = Field(None, ge=0, le=1)  # share of the steps after which guidance is off; None: 1
+    guidance_stop: float | None = Field(None, ge=0, le=1)  # share of the steps after which guidance is off; None: 1
     sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(None, alias="scheduler")  # by any of its names
     seed: Annotated[int | list[int] | None, BeforeValidator(_seeds)] = None  # image k gets seed + k; or one for each
     n: int = Field(1, alias="num_images", ge=1)  # images of each prompt
     image: Image.Image | None = None  # RGB; to begin from, or to edit
-    mask: Image.Image | None = None  # of the same size; what is white is drawn anew
+    mask_image: Image.Image | None = None  # of the same size; what is white is drawn anew
     strength: float | None = Field(None, gt=0, le=1)  # share of the noise that `image` gets; None: 0.6, with a mask 1
-    refine_from: float | None = Field(None, gt=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
+    refiner_start: float | None = Field(None, gt=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
 
     @property
     def noise_share(self) -> float:
         "The strength, or its default."
-        return self.strength or (1.0 if self.mask else 0.6)
+        return self.strength or (1.0 if self.mask_image else 0.6)
 
 # %% ../../nbs/2_engine/01_types.ipynb #b12aeb11
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ImageSpec:
     seed: int  # 0..2**32-1; of this image's own generator
     negative_prompt: str = ""  # empty: none
     image: Image.Image | None = None  # RGB, to begin from
-    mask: Image.Image | None = None  # of the same size; what is white is drawn anew
+    mask_image: Image.Image | None = None  # of the same size; what is white is drawn anew
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -95,15 +95,15 @@ class SamplingParams:
     steps: int  # denoising steps
     guidance: float  # guidance scale; 1 or less switches guidance off
     sampler: str = ""  # a key of `SAMPLERS`; empty: the model's own
-    guidance_end: float = 1.0  # 0..1; share of the steps after which guidance is off
+    guidance_stop: float = 1.0  # 0..1; share of the steps after which guidance is off
     mode: Literal["txt2img", "img2img", "inpaint"] = "txt2img"  # whether images and masks of the specs are used
     strength: float = 0.6  # 0..1; share of the noise that a spec's image gets
-    refine_from: float | None = 1.0  # 0..1; share of the noise after which a refiner draws; None: `draw` decides
+    refiner_start: float | None = 1.0  # 0..1; share of the noise after which a refiner draws; None: `draw` decides
 
     @property
     def guided(self) -> int:
         "Steps with guidance."
-        return math.ceil(self.steps * self.guidance_end) if self.guidance > 1 else 0
+        return math.ceil(self.steps * self.guidance_stop) if self.guidance > 1 else 0
 
 # %% ../../nbs/2_engine/01_types.ipynb #165e6683
 def image_seeds(
@@ -121,7 +121,7 @@ def image_seeds(
 # %% ../../nbs/2_engine/01_types.ipynb #ee03fefb
 def prepare(
     request: Request,
-    model: ModelCard,  # that will draw
+    model: ModelInfo,  # that will draw
 ) -> tuple[SamplingParams, list[ImageSpec]]:  # the images of the first prompt, then of the second, ...
     "Fill in the model's defaults; raises `ValueError` if there is not a seed for each image."
     image = request.image
@@ -132,11 +132,11 @@ def prepare(
         width=request.width or width, height=request.height or height, steps=request.steps or model.steps,
         guidance=model.guidance if request.guidance is None else request.guidance,
         sampler=STAND_INS.get(request.sampler, request.sampler) or "",
-        guidance_end=1.0 if request.guidance_end is None else request.guidance_end,
-        mode="inpaint" if request.mask else "img2img" if image else "txt2img",
-        strength=request.noise_share, refine_from=request.refine_from)
+        guidance_stop=1.0 if request.guidance_stop is None else request.guidance_stop,
+        mode="inpaint" if request.mask_image else "img2img" if image else "txt2img",
+        strength=request.noise_share, refiner_start=request.refiner_start)
     prompts = [prompt for prompt in request.prompt for _ in range(request.n)]
-    return params, [ImageSpec(prompt, seed, request.negative_prompt or "", image, request.mask)
+    return params, [ImageSpec(prompt, seed, request.negative_prompt or "", image, request.mask_image)
                     for prompt, seed in zip(prompts, image_seeds(request.seed, len(prompts)), strict=True)]
 
 # %% ../../nbs/2_engine/01_types.ipynb #95a566ae
@@ -145,7 +145,7 @@ OnStep = Callable[[int, int], None]  # called with steps done and steps in all; 
 
 class Engine(Protocol):
     "Draws batches."
-    card: ModelCard
+    model: ModelInfo
     device: str
     dtype: str
 

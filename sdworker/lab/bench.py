@@ -34,18 +34,18 @@ from PIL import Image
 
 from ..core.checkpoint_files import write_file
 from ..core.failures import memory_is_out
-from ..core.model_info import EMBEDDED, ModelCard, ModelError, causes, read_card
+from ..core.model_info import EMBEDDED, ModelError, ModelInfo, causes, read_model_info
 from ..core.settings import PROFILES
 from ..core.timing import between, compare, machine, mark, psnr, timed, write_result
 from ..embedded.shapes import adherence, pairs
-from ..engine.build_pipeline import defaults, pipeline_for
+from ..engine.build_pipeline import build_pipeline, defaults
 from ..engine.diffusers_pipeline import as_bytes, denoiser_of
 from ..engine.generate import BATCH_SIZES, OutOfMemory, generate
 from ..engine.memory_planner import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from ..engine.torch_compile import fill_cache
 from ..engine.types import Drawn, Engine
 from .coldstart import sdxl_sized
-from .quality import SWITCHES, Switch, draw_pairs, held, switched
+from .quality import SWITCHES, Switch, compare_to_baseline, draw_pairs, engine_with
 from ..serve.image_io import encode
 from ..serve.request import advice, parse_request
 
@@ -53,13 +53,14 @@ from ..serve.request import advice, parse_request
 ONCE = """
 import json, sys
 from pathlib import Path
-from sdworker.core.model_info import EMBEDDED, read_card
+from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.engine.generate import generate
 from sdworker.lab.quality import Switch
-from sdworker.lab.quality import switched
+from sdworker.lab.quality import engine_with
 
 switch = Switch(*json.loads(sys.argv[1]))
-generate(switched(switch, read_card(EMBEDDED, "embedded")), "a star", n=4, seed=1, **{"steps": 2} | switch.request)
+engine = engine_with(switch, read_model_info(EMBEDDED, "embedded"))
+generate(engine, "a star", n=4, seed=1, **{"steps": 2} | switch.request)
 print(1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]))
 """
 
@@ -104,20 +105,20 @@ def timings(
             drawn[name].append(generate(engine, PROMPT, seed=1, n=n, max_batch=n, **arguments))
         took = compare(partial(draw, "ours"), partial(draw, "theirs"), repeat, warmup=0)
         rows[str(n)] = next(filter(None, (
-            halved(drawn[name][0], n, engines[name][1].get("steps", ours.card.steps)) for name in drawn)), None) or (
+            halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn)), None) or (
             took | {"stages": {name: _stages(each) for name, each in drawn.items()}})
     return rows
 
 # %% ../../nbs/8_lab/05_bench.ipynb #e5a10003
 def build_switched(
     switch: Switch,  # to turn on
-    card: ModelCard,  # the model
+    model: ModelInfo,  # the model
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Engine:  # as from `switched`
     "Build an engine with a switch on, and fill the compiler's cache if needed. Raises `ModelError` with the reason."
     if switch.settings.get("compile") == "cached":
-        fill_cache(switched(SWITCHES["compile: regional"], card, device))
-    return switched(switch, card, device)
+        fill_cache(engine_with(SWITCHES["compile: regional"], model, device))
+    return engine_with(switch, model, device)
 
 def out_of_memory(
     error: BaseException,  # with its causes
@@ -140,8 +141,8 @@ def row(
         if out_of_memory(error):
             raise
         return {"not_used": str(error)}
-    verdict = asdict(held(list(draw_pairs(engine, prompt_seeds, 10, **switch.request)), plain_pictures(),
-                          min_psnr=switch.min_psnr))
+    verdict = asdict(compare_to_baseline(list(draw_pairs(engine, prompt_seeds, 10, **switch.request)), plain_pictures(),
+                                         min_psnr=switch.min_psnr))
     return {"time": timings(engine, plain, switch.request, turns), **verdict, "least": switch.min_psnr,
             "warning": " ".join(getattr(engine, "warnings", []))}
 
@@ -170,7 +171,7 @@ def batch_curve(
     for n in batches:
         drawn: list[Drawn] = []
         took = timed(lambda: drawn.append(generate(engine, PROMPT, n=n, max_batch=n, **request)), turns)  # noqa: B023
-        rows[str(n)] = halved(drawn[0], n, request.get("steps", engine.card.steps)) or n / took["median"]
+        rows[str(n)] = halved(drawn[0], n, request.get("steps", engine.model.steps)) or n / took["median"]
     return rows
 
 # %% ../../nbs/8_lab/05_bench.ipynb #f5aa034a
@@ -179,7 +180,7 @@ def split(
     turns: int = 7,  # measurements of each part
 ) -> dict[str, dict[str, float]]:  # milliseconds by format and part, and "all"
     "The time of a job of one image outside of the engine, on one core."
-    card, limits, threads = read_card(EMBEDDED, "embedded"), defaults(max_side=4096), torch.get_num_threads()
+    model, limits, threads = read_model_info(EMBEDDED, "embedded"), defaults(max_size_px=4096), torch.get_num_threads()
     payload = {"prompt": PROMPT, "width": picture.shape[1], "height": picture.shape[0], "seed": 7}
     decoded = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     image, milliseconds = Image.fromarray(picture), {}
@@ -188,7 +189,7 @@ def split(
         for format_ in ("jpeg", "webp", "png"):
             code = encode(image, format_)
             text = base64.b64encode(code).decode("ascii")
-            parts = {"validate": lambda: advice(parse_request(payload, card, limits), card),
+            parts = {"validate": lambda: advice(parse_request(payload, model, limits), model),
                      "convert": lambda: Image.fromarray(as_bytes(decoded).numpy()[0]),
                      "encode": lambda format_=format_: encode(image, format_),
                      "base64": lambda code=code: base64.b64encode(code).decode("ascii"),
@@ -331,7 +332,7 @@ def supervise(
 # %% ../../nbs/8_lab/05_bench.ipynb #57d5bc93
 @lru_cache(maxsize=1)
 def _plain() -> Engine:
-    return pipeline_for(defaults(), read_card(EMBEDDED, "embedded"))
+    return build_pipeline(defaults(), read_model_info(EMBEDDED, "embedded"))
 
 @lru_cache(maxsize=1)
 def _plain_pictures(n: int) -> list[tuple[str, Image.Image]]:
@@ -339,14 +340,14 @@ def _plain_pictures(n: int) -> list[tuple[str, Image.Image]]:
 
 def _measured(switch: Switch, n: int, turns: Mapping[int, int]) -> dict[str, Any]:
     "A switch's row, with its memory."
-    measured = row(partial(build_switched, switch, _plain().card), switch, _plain(), pairs("gate 2", n),
+    measured = row(partial(build_switched, switch, _plain().model), switch, _plain(), pairs("gate 2", n),
                    partial(_plain_pictures, n), turns)
     return measured if "not_used" in measured else measured | {"peak": peak_memory(switch)}
 
 def _profile(name: str, n: int, turns: Mapping[int, int]) -> dict[str, Any]:
     "A profile's row; `warning` has its settings that cannot be used on this machine."
-    chosen, card = defaults(**PROFILES[name]), _plain().card
-    return row(lambda: pipeline_for(chosen, card), Switch(min_psnr=25), _plain(), pairs("gate 2", n),
+    settings, model = defaults(**PROFILES[name]), _plain().model
+    return row(lambda: build_pipeline(settings, model), Switch(min_psnr=25), _plain(), pairs("gate 2", n),
                partial(_plain_pictures, n), turns)
 
 # %% ../../nbs/8_lab/05_bench.ipynb #408e2171
@@ -402,17 +403,17 @@ def operations(
 class _Bed:
     "The test bed of the GPU suite: a model, and the size and steps to draw with."
     def __init__(self, model: Path, device: str, side: int, steps: int, turns: int):
-        self.card, self.device, self.turns = read_card(model, "random weights"), device, turns
+        self.model, self.device, self.turns = read_model_info(model, "random weights"), device, turns
         self.both = {"width": side, "height": side, "steps": steps}
 
     @lru_cache(maxsize=1)  # noqa: B019
     def plain(self) -> Engine:
-        return switched(Switch(), self.card, self.device)
+        return engine_with(Switch(), self.model, self.device)
 
     @lru_cache(maxsize=1)  # noqa: B019
     def parts(self) -> dict[str, torch.nn.Module]:
         "The components on the `meta` device."
-        return meta_components(self.card, self.plain().dtype)
+        return meta_components(self.model, self.plain().dtype)
 
     def peak(self, build: Callable[[], Engine], n: int, request: Mapping[str, Any]) -> tuple[Engine, float | None]:
         "Load and draw; returns the engine and the peak on the GPU in bytes, None if the batch was halved."
@@ -429,9 +430,9 @@ class _Bed:
 # %% ../../nbs/8_lab/05_bench.ipynb #e5d10003
 def _gpu_row(bed: _Bed, switch: Switch, repeat: int) -> dict[str, Any]:
     "A switch's row on a GPU."
-    turns = {n: repeat for n in ((1, 4) if "vae" in switch.settings else (1,))}
+    turns = {n: repeat for n in ((1, 4) if "vae_decode" in switch.settings else (1,))}
     try:
-        engine, peak = bed.peak(lambda: build_switched(switch, bed.card, bed.device), max(turns), switch.request)
+        engine, peak = bed.peak(lambda: build_switched(switch, bed.model, bed.device), max(turns), switch.request)
     except ModelError as error:
         if out_of_memory(error):
             raise
@@ -446,10 +447,10 @@ def _memory(bed: _Bed) -> dict[str, Any]:
     "Bytes by way of drawing: computed, and on a GPU measured."
     sizes, side = {}, bed.both["width"]
     for way in (Way(1), Way(4), Way(4, "sliced"), Way(4, "tiled")):
-        _, peak = bed.peak(lambda: switched(Switch({"vae": way.vae}), bed.card, bed.device), way.batch,  # noqa: B023
+        _, peak = bed.peak(lambda: engine_with(Switch({"vae_decode": way.vae}), bed.model, bed.device), way.batch,  # noqa: B023
                            {"steps": 1})
         sizes[f"{way.batch} at once, VAE {way.vae}"] = {
-            "computed": needed(bed.parts(), way, side, side, edits=bed.card.family.edits),
+            "computed": needed(bed.parts(), way, side, side, edits=bed.model.family.edits),
             "measured": peak or ("out of memory" if bed.device == "cuda" else "not measured")}
     return sizes
 
@@ -585,7 +586,7 @@ def gpu_suite(
             "batch": lambda: batch_curve(bed.plain(), (1, 2, 4, 8), 1, **bed.both),
             "transformer": partial(_transformer, device, tiny, bed.turns)}
     for name, switch in SWITCHES.items():
-        if switch.settings.get("engine") != "capsule":  # it has its own suite, `bench_aot`
+        if switch.settings.get("engine") != "aot":  # it has its own suite, `bench_aot`
             row = f"switch {name}"
             rows[row] = partial(_gpu_row, bed, switch, 1 if row.startswith(TIMED_ONCE) else bed.turns)
     return {name: partial(or_out_of_memory, rows[name], side=side, batch=1,

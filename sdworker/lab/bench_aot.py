@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'RESIDENT', 'naive_with_ledger', 'starts', 'plot_starts', 'per_image', 'same_pictures', 'both_in_memory',
-           'baked', 'wide_shapes', 'against_pipeline', 'main']
+           'baked', 'wide_shapes', 'against_diffusers', 'main']
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #7feccab2
 import json
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.checkpoint_files import weight_files
-from ..core.model_info import EMBEDDED, read_card
+from ..core.model_info import EMBEDDED, read_model_info
 from ..core.timing import compare, psnr, summary, write_result
 from ..embedded.shapes import check, pairs
 from sdworker.lab.coldstart import (
@@ -55,7 +55,7 @@ def naive_with_ledger() -> str:  # Python
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #9be8cccf
 def starts(
     model: str,  # as in SDWORKER_MODEL
-    capsules: Path,  # folder of capsules
+    aot_dir: Path,  # folder of AOT packages
     repeat: int,  # starts of each worker
     side: int,  # pixels of the job's picture
     steps: int = 20,  # of the job
@@ -64,19 +64,19 @@ def starts(
 ) -> dict[str, Any]:  # by worker a summary and "rows"; "import_torch", ratios
     "Start the three workers, interleaved, from a cold cache if it can be emptied."
     folder = EMBEDDED if model == "embedded" else Path(model)
-    ours = {"SDWORKER_MODEL": model, "SDWORKER_CAPSULES": str(capsules.resolve())} | dict(extra or {})
-    workers = {name: (OURS, ours | {"SDWORKER_ENGINE": name}) for name in ("capsule", "pipeline")}
+    ours = {"SDWORKER_MODEL": model, "SDWORKER_AOT_DIR": str(aot_dir.resolve())} | dict(extra or {})
+    workers = {name: (OURS, ours | {"SDWORKER_ENGINE": name}) for name in ("aot", "diffusers")}
     workers["naive"] = usual_worker(folder, naive_with_ledger())
-    cold = libraries() + weight_files(folder) + list(capsules.glob("*/*"))
-    payload = explicit_job(read_card(folder), width=side, height=side, num_inference_steps=steps)
+    cold = libraries() + weight_files(folder) + list(aot_dir.glob("*/*"))
+    payload = explicit_job(read_model_info(folder), width=side, height=side, num_inference_steps=steps)
     evicted, torch_seconds = evict(cold), []
     runs = interleaved(workers, payload, repeat, cold if evicted else [], on_start,
                        lambda: torch_seconds.append(torch_alone(cold)))
     report = {name: summary([run["seconds"] for run in times])
               | {"rows": median_run(times)["output"]["timings"]["cold_start"]} for name, times in runs.items()}
-    ratios = {"ratio": report["capsule"]["median"] / report["naive"]["median"],
-              "ratio_to_pipeline": report["capsule"]["median"] / report["pipeline"]["median"],
-              "ratio_to_import_torch": report["capsule"]["median"] / summary(torch_seconds)["median"]}
+    ratios = {"ratio": report["aot"]["median"] / report["naive"]["median"],
+              "ratio_to_diffusers": report["aot"]["median"] / report["diffusers"]["median"],
+              "ratio_to_import_torch": report["aot"]["median"] / summary(torch_seconds)["median"]}
     return report | ratios | {"import_torch": summary(torch_seconds), "repeat": repeat,
                               "cache": "cold" if evicted else "warm"}
 
@@ -87,7 +87,7 @@ def plot_starts(
     "Draw the three starts as stacked bars of their rows."
     from matplotlib import pyplot
 
-    names = {"naive": "the usual worker", "pipeline": "pipeline", "capsule": "capsule"}
+    names = {"naive": "the usual worker", "diffusers": "diffusers", "aot": "aot"}
     rows = list(dict.fromkeys(row for name in names for row in measured[name]["rows"] if row != "total"))
     palette = dict(zip(rows, cycle(pyplot.get_cmap("tab20").colors), strict=False))
     figure, axes = pyplot.subplots(figsize=(8, 2.6), layout="constrained")
@@ -165,56 +165,56 @@ def same_pictures(
 RESIDENT = """
 import sys
 from pathlib import Path
-from sdworker.core.model_info import read_card
-from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.core.model_info import read_model_info
+from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 
-card = read_card(Path(sys.argv[1]))
-side, capsule = int(sys.argv[3]), None
+model = read_model_info(Path(sys.argv[1]))
+side, AOT package = int(sys.argv[3]), None
 if sys.argv[2]:
-    from sdworker.aot.engine import CapsuleEngine
-    capsule = CapsuleEngine(card, Path(sys.argv[2]))
-    generate(capsule, "a star", width=side, height=side, steps=1)
-pipeline = PipelineEngine(card, weights=capsule and capsule.weights)
+    from sdworker.aot.engine import AotEngine
+    AOT package = AotEngine(model, Path(sys.argv[2]))
+    generate(AOT package, "a star", width=side, height=side, steps=1)
+pipeline = DiffusersEngine(model, weights=AOT package and AOT package.weights)
 generate(pipeline, "a star", width=side, height=side, steps=1)
 print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 """
 
 def _resident(
     model: Path,  # its folder
-    capsule: Path | None,  # its capsule's folder; None: the pipeline alone
+    aot_engine: Path | None,  # its AOT package; None: the diffusers engine alone
     side: int,  # pixels of the picture
 ) -> int:  # bytes
     "The resident memory of a process that has drawn with its engines."
-    process = subprocess.run([sys.executable, "-c", RESIDENT, str(model), str(capsule or ""), str(side)],
+    process = subprocess.run([sys.executable, "-c", RESIDENT, str(model), str(aot_engine or ""), str(side)],
                              capture_output=True, text=True, check=True)
     return int(process.stdout.split()[-1])
 
 def both_in_memory(
     model: Path,  # its folder
-    capsule: Path,  # its capsule's folder
+    aot_engine: Path,  # its AOT package
     side: int = 32,  # pixels of the picture
-) -> dict[str, float]:  # bytes; "ratio" of both engines without the code's size to the pipeline
+) -> dict[str, float]:  # bytes; "ratio" of both engines without the code's size to the diffusers engine
     "Compare the memory of both engines with that of the pipeline alone."
-    alone, both = _resident(model, None, side), _resident(model, capsule, side)
-    code = sum(path.stat().st_size for path in capsule.iterdir())
-    return {"weights": sum(path.stat().st_size for path in weight_files(model)), "pipeline": alone, "both": both,
+    alone, both = _resident(model, None, side), _resident(model, aot_engine, side)
+    code = sum(path.stat().st_size for path in aot_engine.iterdir())
+    return {"weights": sum(path.stat().st_size for path in weight_files(model)), "diffusers": alone, "both": both,
             "code": code, "ratio": (both - code) / alone}
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #fd4e1c95
 def baked(
     model: Path | str,  # a folder, or "embedded"
-    capsules: Path,  # folder of capsules
+    aot_dir: Path,  # folder of AOT packages
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> dict[str, Any]:  # "seconds", "folder", "bytes", "psnr" (dB, of the worst picture in its verification)
-    "Make a capsule with `sdworker bake --capsule`. Raises `ChildProcessError` with the command's error."
+    "Make an AOT package with `sdworker bake --aot`. Raises `ChildProcessError` with the command's error."
     begin = time.perf_counter()
-    environment = {"SDWORKER_MODEL": str(model), "SDWORKER_CAPSULES": str(capsules.resolve())}
-    command = [sys.executable, "-m", "sdworker.cli.main", "bake", "--capsule", "--device", device, "--json"]
+    environment = {"SDWORKER_MODEL": str(model), "SDWORKER_AOT_DIR": str(aot_dir.resolve())}
+    command = [sys.executable, "-m", "sdworker.cli.main", "bake", "--aot", "--device", device, "--json"]
     process = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if process.returncode:
         raise ChildProcessError(process.stderr.strip().splitlines()[-1])
-    return {"seconds": time.perf_counter() - begin} | json.loads(process.stdout)["capsule"]
+    return {"seconds": time.perf_counter() - begin} | json.loads(process.stdout)["aot"]
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #3f49f831
 def wide_shapes() -> dict[str, Any]:  # modules by name, on `meta`
@@ -242,25 +242,25 @@ def _suite(
     compiler: str = "inductor",  # backend of torch.compile
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> dict[str, Any]:  # "bake", "starts", "memory", "images", "compile"
-    "Compare the capsule of a model with random weights with the pipeline and `torch.compile`."
-    model, capsules = scratch / "model", scratch / "capsules"
+    "Compare the AOT package of a model with random weights with the pipeline and `torch.compile`."
+    model, aot_dir = scratch / "model", scratch / "aot"
     sdxl_sized(model, shapes)
     on_progress(0, 4, "baking")
-    bake = baked(model, capsules)
+    bake = baked(model, aot_dir)
     folder = Path(bake.pop("folder"))  # a record has no paths of the machine
     report: dict[str, Any] = {"device": "cpu", "side": side, "steps": steps, "bake": bake}
     on_progress(1, 4, "starting workers")
-    report["starts"] = starts(str(model), capsules, repeat, side, steps, {"SDWORKER_DEVICE": "cpu"})
+    report["starts"] = starts(str(model), aot_dir, repeat, side, steps, {"SDWORKER_DEVICE": "cpu"})
     on_progress(2, 4, "memory")
     report["memory"] = both_in_memory(model, folder)
     on_progress(3, 4, "images")
-    report["images"] = against_pipeline(model, folder, "cpu", side, steps, repeat)["images"]
-    return report | {"compile": against_pipeline(model, folder, "cpu", side, steps, repeat, compiler, (1,))}
+    report["images"] = against_diffusers(model, folder, "cpu", side, steps, repeat)["images"]
+    return report | {"compile": against_diffusers(model, folder, "cpu", side, steps, repeat, compiler, (1,))}
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #4a33854b
-def against_pipeline(
+def against_diffusers(
     model: Path,  # its folder
-    capsule: Path,  # its capsule's folder
+    aot_engine: Path,  # its AOT package
     device: str,  # "cpu" or "cuda"
     side: int,  # pixels
     steps: int,  # denoising steps
@@ -268,22 +268,22 @@ def against_pipeline(
     compiler: str = "",  # backend of `torch.compile` for the pipeline's denoiser; empty: not compiled
     batches: tuple[int, ...] = (1, 4),  # images in one call
 ) -> dict[str, Any]:  # "images", see `per_image`; with a compiler also "backend" and "first_call" (seconds)
-    "Time the images of capsule and pipeline, both loaded in this process."
+    "Time the images of AOT package and pipeline, both loaded in this process."
     import torch
 
-    from sdworker.aot.engine import CapsuleEngine
-    from sdworker.engine.diffusers_pipeline import PipelineEngine
+    from sdworker.aot.engine import AotEngine
+    from sdworker.engine.diffusers_pipeline import DiffusersEngine
     from sdworker.engine.types import ImageSpec, SamplingParams
 
-    card, params, specs = read_card(model), SamplingParams(side, side, steps, 3.0), [ImageSpec("a star", 1)]
-    ours, compiled = CapsuleEngine(card, capsule, device), {}
-    pipeline = PipelineEngine(card, device, ours.dtype)
+    model_info, params, specs = read_model_info(model), SamplingParams(side, side, steps, 3.0), [ImageSpec("a star", 1)]
+    ours, compiled = AotEngine(model_info, aot_engine, device), {}
+    diffusers_engine = DiffusersEngine(model_info, device, ours.dtype)
     if compiler:
-        pipeline.pipe.unet = torch.compile(pipeline.pipe.unet, backend=compiler, dynamic=False)
+        diffusers_engine.pipe.unet = torch.compile(diffusers_engine.pipe.unet, backend=compiler, dynamic=False)
         begin = time.perf_counter()
-        pipeline.denoise(pipeline.encode(specs, params), specs, params).cpu()
+        diffusers_engine.denoise(diffusers_engine.encode(specs, params), specs, params).cpu()
         compiled = {"backend": compiler, "first_call": time.perf_counter() - begin}
-    return compiled | {"images": per_image(ours, pipeline, params, batches, repeat)}
+    return compiled | {"images": per_image(ours, diffusers_engine, params, batches, repeat)}
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #67b85848
 def main(
@@ -292,7 +292,7 @@ def main(
     record: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results"),
     scratch: Annotated[Path, typer.Option(help="Folder on a disk with 1 GB free.")] = Path("out"),
 ):
-    "Compare capsule, pipeline and usual worker, and record the result. Half an hour on two cores."
+    "Compare AOT package, pipeline and usual worker, and record the result. Half an hour on two cores."
     from rich.progress import Progress
 
     scratch.mkdir(parents=True, exist_ok=True)
@@ -302,37 +302,38 @@ def main(
             progress.update(task, completed=done, total=total, description=label)
         if tiny:
             report = _suite(Path(folder), wide_shapes(), 32, 2, 1, "eager", on_progress)
-            write_result(record / "capsule-tiny.json", report, "python -m sdworker.lab.bench_aot --tiny")
+            write_result(record / "aot-tiny.json", report, "python -m sdworker.lab.bench_aot --tiny")
         else:
             report = _embedded(Path(folder), repeat, on_progress)
             report["wide"] = _suite(Path(folder), wide_shapes(), side=64, steps=4, on_progress=on_progress)
-            write_result(record / "capsule.json", report, "python -m sdworker.lab.bench_aot: from exec to the first "
+            write_result(record / "aot.json", report, "python -m sdworker.lab.bench_aot: from exec to the first "
                          "answer at the queue, all files cold; 20 steps of Euler with guidance; interleaved")
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #08aff939
 def _embedded(scratch: Path, repeat: int, on_progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     "The embedded model's part of the record."
     on_progress(0, 1, "baking")
-    bake = baked("embedded", scratch / "capsules")
+    bake = baked("embedded", scratch / "aot")
     folder, report = Path(bake.pop("folder")), {"bake": bake}
     done = iter(range(1, 4 * repeat))
     report["starts"] = starts("embedded", folder.parent, repeat, 64,
                               on_start=lambda: on_progress(next(done), 3 * repeat, "starting workers"))
-    from sdworker.aot.engine import CapsuleEngine
-    from sdworker.engine.diffusers_pipeline import PipelineEngine
+    from sdworker.aot.engine import AotEngine
+    from sdworker.engine.diffusers_pipeline import DiffusersEngine
     from sdworker.engine.types import SamplingParams
 
-    card, drawn = read_card(EMBEDDED, "embedded"), 0
-    capsule, pipeline = CapsuleEngine(card, folder), PipelineEngine(card)
+    model, drawn = read_model_info(EMBEDDED, "embedded"), 0
+    aot_engine, diffusers_engine = AotEngine(model, folder), DiffusersEngine(model)
     on_progress(0, 1, "timing images")
-    report["images"] = {f"{side}x{side}": per_image(capsule, pipeline, SamplingParams(side, side, 20, 3.0), repeat=9)
+    report["images"] = {f"{side}x{side}": per_image(aot_engine, diffusers_engine, SamplingParams(side, side, 20, 3.0),
+                                                    repeat=9)
                         for side in (64, 128)}
 
     def count(pairs: int) -> None:
         nonlocal drawn
         drawn += pairs
         on_progress(drawn, 700, "drawing pairs")
-    report["gate"] = same_pictures(capsule, pipeline, on_progress=count)
+    report["gate"] = same_pictures(aot_engine, diffusers_engine, on_progress=count)
     return report
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #2c2ce7eb

@@ -17,20 +17,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..build.cache_dirs import capsule_places
+from ..build.cache_dirs import aot_dirs
 from ..core.checkpoint_files import weight_files
-from ..core.model_info import EMBEDDED, read_card
-from ..core.settings import settings
+from ..core.model_info import EMBEDDED, read_model_info
+from ..core.settings import get_settings
 from ..core.timing import timed, write_result
-from ..engine.build_pipeline import defaults, pipeline_for
+from ..engine.build_pipeline import build_pipeline, defaults
 from ..engine.generate import generate
 from ..engine.torch_compile import break_even, fill_cache, prepare
 from .coldstart import OURS, evict, explicit_job, interleaved, libraries
-from .quality import SWITCHES, switched
+from .quality import SWITCHES, engine_with
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #20bf1bc6
 COMPILED = ("reduce-overhead", "regional", "cached")  # by torch.compile
-MODES = ("off", *COMPILED, "capsule", "capsule, int8")
+MODES = ("off", *COMPILED, "aot", "aot, int8")
 PROMPT = "a large red star on a blue background"
 
 def measure_mode(
@@ -38,9 +38,9 @@ def measure_mode(
     repeat: int = 5,  # images
 ) -> dict[str, float]:  # seconds: "prepare", and "image", the median
     "Measure one mode in this process, with one image in a call. Raises `RuntimeError` if it cannot be used."
-    card = read_card(EMBEDDED, "embedded")
-    engine = (switched(SWITCHES[mode], card) if mode in SWITCHES else
-              pipeline_for(defaults(compile=mode, max_batch=1), card))
+    model = read_model_info(EMBEDDED, "embedded")
+    engine = (engine_with(SWITCHES[mode], model) if mode in SWITCHES else
+              build_pipeline(defaults(compile=mode, max_batch=1), model))
     seconds = prepare(engine) if mode in COMPILED else 0.0
     if mode == "regional":
         fill_cache(engine, 1)  # for "cached"
@@ -80,17 +80,17 @@ def starts(
     repeat: int = 3,  # starts of each mode
 ) -> dict[str, float]:  # by mode, seconds from exec to the first answer at the queue, medians
     "Start workers, interleaved, with one job waiting, from a cold cache if it can be emptied."
-    card, workers = read_card(EMBEDDED, "embedded"), {}
+    model, workers = read_model_info(EMBEDDED, "embedded"), {}
     with tempfile.TemporaryDirectory() as scratch:
         filled, empty = Path(scratch, "filled"), Path(scratch, "empty")  # emptied after each start
         measure_in_process("regional", filled, 1)
         for mode in MODES:
-            changed = SWITCHES[mode].settings if mode in SWITCHES else {"engine": "pipeline", "compile": mode}
+            changed = SWITCHES[mode].settings if mode in SWITCHES else {"engine": "diffusers", "compile": mode}
             workers[mode] = OURS, {f"SDWORKER_{name.upper()}": value for name, value in changed.items()} | {
                 "TORCHINDUCTOR_CACHE_DIR": str(filled if mode == "cached" else empty), "SDWORKER_MAX_BATCH": "1"}
-        cold = libraries() + weight_files(EMBEDDED) + [path for place in capsule_places(settings())
+        cold = libraries() + weight_files(EMBEDDED) + [path for place in aot_dirs(get_settings())
                                                        for path in place.glob("*/*")]
-        runs = interleaved(workers, explicit_job(card), repeat, cold if evict(cold) else [],
+        runs = interleaved(workers, explicit_job(model), repeat, cold if evict(cold) else [],
                            on_start=lambda: shutil.rmtree(empty, ignore_errors=True))
     return {mode: median(run["seconds"] for run in times) for mode, times in runs.items()}
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..build.cache_dirs import capsule_places
+from ..build.cache_dirs import aot_dirs
 from ..core.checkpoint_files import weight_files
-from ..core.model_info import EMBEDDED, ModelCard
-from ..core.settings import settings
+from ..core.model_info import EMBEDDED, ModelInfo
+from ..core.settings import get_settings
 from ..core.timing import machine, summary, write_result
-from .queue_server import work
-from ..start.load import model_card, resolve
+from .queue_server import run_workers
+from ..start.load import locate_or_download, model_info
 from ..start.prefetch import prefetch
 from ..start.timeline import bars
 
@@ -108,13 +108,13 @@ def start_once(
     limit: float = 900,  # seconds until it is stopped
 ) -> dict[str, Any]:  # "seconds" to the answer, "taken" (seconds until it took the job), "output"
     "Start a worker with one job waiting. Raises `ChildProcessError` if it answers no picture."
-    shift = work(command, [{"id": "first", "input": payload}], dict(environment or {}), limit)
-    answer = shift.answers.get("first", {})
+    worker_run = run_workers(command, [{"id": "first", "input": payload}], dict(environment or {}), limit)
+    answer = worker_run.answers.get("first", {})
     if "output" not in answer:
-        ended = f"no answer in {limit:g} s" if shift.code is None else f"it ended with code {shift.code}"
-        last = "\n".join(shift.log.strip().splitlines()[-5:])
+        ended = f"no answer in {limit:g} s" if worker_run.code is None else f"it ended with code {worker_run.code}"
+        last = "\n".join(worker_run.log.strip().splitlines()[-5:])
         raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last words: {last}'}")
-    return {"seconds": shift.seconds["first"], "taken": shift.taken["first"], "output": answer["output"]}
+    return {"seconds": worker_run.seconds["first"], "taken": worker_run.taken["first"], "output": answer["output"]}
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #df8f7bac
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
@@ -128,12 +128,12 @@ def usual_worker(
     return [sys.executable, "-c", script], {"MODEL": str(folder)} | ({"VARIANT": "fp16"} if fp16 else {})
 
 def explicit_job(
-    card: ModelCard,  # for the model's size, steps and guidance
+    model: ModelInfo,  # for the model's size, steps and guidance
     **changed: Any,  # fields of the request to replace
 ) -> dict[str, Any]:  # a job's input
     "A job that leaves nothing to the workers' defaults."
-    return {"prompt": "a large red star on a blue background", "seed": 7, "width": card.side, "height": card.side,
-            "num_inference_steps": card.steps, "guidance_scale": card.guidance} | changed
+    return {"prompt": "a large red star on a blue background", "seed": 7, "width": model.side, "height": model.side,
+            "num_inference_steps": model.steps, "guidance_scale": model.guidance} | changed
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #ee236f45
 def interleaved(
@@ -169,13 +169,13 @@ def torch_alone(
 def coldstart(
     repeat: int = 3,  # starts of each worker
     against: str | None = None,  # "naive": compare with the usual worker
-    cold: bool = True,  # drop libraries, weights and capsules from the page cache before each start
+    cold: bool = True,  # drop libraries, weights and AOT packages from the page cache before each start
     engine: str | None = None,  # of our worker, as in SDWORKER_ENGINE; None: that of the settings
     on_start: Callable[[], None] = lambda: None,  # called after each start
 ) -> dict[str, Any]:  # "ours", "rows", "import_torch", "cache", "machine"; in a comparison "naive" and "ratio"
     "Measure from exec to the first answer. Raises `ChildProcessError` if a worker fails, `ModelError` without a model."
-    compiled = [path for place in capsule_places(settings()) for path in place.glob("*/*")]
-    files = libraries() + weight_files(resolve(settings())) + compiled if cold else []
+    compiled = [path for place in aot_dirs(get_settings()) for path in place.glob("*/*")]
+    files = libraries() + weight_files(locate_or_download(get_settings())) + compiled if cold else []
     evicted = evict(files)
     torch_seconds: list[float] = []
 
@@ -183,9 +183,10 @@ def coldstart(
         torch_seconds.append(torch_alone(files if evicted else []))
         on_start()
     workers = {"ours": (OURS, {"SDWORKER_ENGINE": engine} if engine else {})}
-    workers |= {against: usual_worker(resolve(settings()))} if against else {}
-    runs = interleaved(workers, explicit_job(model_card()), repeat, files if evicted else [], on_start, measure_torch)
-    report: dict[str, Any] = {"model": settings().model, "engine": engine or settings().engine, "repeat": repeat,
+    workers |= {against: usual_worker(locate_or_download(get_settings()))} if against else {}
+    runs = interleaved(workers, explicit_job(model_info()), repeat, files if evicted else [], on_start, measure_torch)
+    report: dict[str, Any] = {"model": get_settings().model, "engine": engine or get_settings().engine,
+                              "repeat": repeat,
                               "cache": "cold" if evicted else "warm"}
     for name, starts in runs.items():
         report[name] = summary([run["seconds"] for run in starts])
@@ -317,7 +318,7 @@ def staged_workers(
     begin, _, rest = NAIVE.partition("    payload = job")
     answer = "    read_all(pipe)\n    return {'images': []}\n\n"
     naive = READ + begin.replace("torch.float32", "torch.float16") + answer + rest[rest.index("runpod.serverless"):]
-    environment = {"SDWORKER_ENGINE": "pipeline", "SDWORKER_MODEL": str(folder), "SDWORKER_DTYPE": "float16"}
+    environment = {"SDWORKER_ENGINE": "diffusers", "SDWORKER_MODEL": str(folder), "SDWORKER_DTYPE": "float16"}
     ours = {"ours": "", "ours, no prefetch": NO_PREFETCH, "ours, a thread": THREAD}
     scripts = {name: f"{STAGED}\n{change}\nsdworker.serve.handler.start()" for name, change in ours.items()}
     return {name: ([sys.executable, "-c", script], environment) for name, script in scripts.items()} | {
@@ -366,7 +367,7 @@ def main(
         raise typer.BadParameter(f"{scratch} has {free / 1e9:.1f} GB free, 8 are needed; name another with --scratch.")
     with Progress() as progress, TemporaryDirectory(dir=scratch) as folder:
         task = progress.add_task("cold starts", total=3 * repeat + 4 * repeat_sized)
-        report = coldstart(repeat, "naive", engine="pipeline", on_start=lambda: progress.advance(task))
+        report = coldstart(repeat, "naive", engine="diffusers", on_start=lambda: progress.advance(task))
         command = "python -m sdworker.lab.coldstart: "
         write_result(record / "coldstart.json", report,
                      command + "from exec to the first answer at the queue, interleaved")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import sdworker
-from ..core.model_info import EMBEDDED, ModelError, read_card, read_json
+from ..core.model_info import EMBEDDED, ModelError, read_json, read_model_info
 from sdworker.lab.gpu_report import (
     Report,
     Setup,
@@ -66,7 +66,7 @@ def machine_tools(
 ) -> dict[str, Any]:
     "The tools beside Python, and what the worker's own readers report of the GPU."
     from sdworker.engine.compiler_options import architecture
-    from sdworker.operate.doctor import gpu
+    from sdworker.operate.doctor import gpu_facts
 
     commands = {"nvcc": ["nvcc", "--version"], "g++": ["g++", "--version"], "ldconfig": ["ldconfig", "-p"]}
     outputs = {name: run_process(command, 20).out if shutil.which(name) else "" for name, command in commands.items()}
@@ -74,7 +74,7 @@ def machine_tools(
     disk = shutil.disk_usage(setup.scratch)
     return {name: (text.strip().splitlines() or ["not installed"])[-1 if name == "nvcc" else 0]
             for name, text in outputs.items()} | {
-        "libcuda": libcuda, "CUDA_HOME": os.environ.get("CUDA_HOME", ""), "disk": disk.free, "gpu": gpu(),
+        "libcuda": libcuda, "CUDA_HOME": os.environ.get("CUDA_HOME", ""), "disk": disk.free, "gpu": gpu_facts(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "architecture": architecture(setup.device)}
 
 def rates(
@@ -99,9 +99,9 @@ def embedded_engine(
     dtype: str,
 ) -> Any:  # an engine
     "The embedded model in a number format, loaded once."
-    from sdworker.engine.build_pipeline import defaults, pipeline_for
+    from sdworker.engine.build_pipeline import build_pipeline, defaults
 
-    return pipeline_for(defaults(), read_card(EMBEDDED, "embedded"), device, dtype)
+    return build_pipeline(defaults(), read_model_info(EMBEDDED, "embedded"), device, dtype)
 
 def _pairs(setup: Setup, n: int) -> list[tuple[str, int]]:
     from sdworker.embedded.shapes import pairs
@@ -124,7 +124,7 @@ def pictures(
             "pictures": len(drawn), "parts": [f"{part.dtype} on {part.device}" for part in parts]}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00018
-LEAST_DB = 30  # from the processor's picture, at worst: what `encapsulate` asks of half precision
+LEAST_DB = 30  # from the processor's picture, at worst: what `aot.export` asks of half precision
 
 def against_processor(
     setup: Setup,
@@ -196,7 +196,7 @@ def attention(
             "torch's choice": kinds}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00058
-DRAWING = ("encode", "denoise", "decode")  # stages of an answer's timings
+DRAWING = ("text_encoder", "denoise", "decode")  # stages of an answer's timings
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00027
 def worker(
@@ -207,25 +207,27 @@ def worker(
     **environment: str,
 ) -> dict[str, Any]:
     "A worker on the real SDK: what became of its jobs, and the seconds that a job takes beside drawing, median."
-    from sdworker.lab.queue_server import work
+    from sdworker.lab.queue_server import run_workers
 
     limit = min(limit, setup.seconds_left())
     payload = {"prompt": "a large red star on a blue background"} | ({"num_inference_steps": 2} if setup.dry else {})
     inputs = [payload | {"seed": k, "num_images": 1 + k % 2} for k in range(2 if setup.dry else jobs)]
     inputs += [payload | {"num_images": 3, "guidance_scale": 1.0}] * odd
-    shift = work([sys.executable, "-m", "sdworker.cli.main", "start"],
-                 [{"id": f"job-{k}", "input": one} for k, one in enumerate(inputs)],
-                 {"SDWORKER_DEVICE": setup.device} | environment, limit)
-    outputs = {job: answer.get("output") or {"error": answer.get("error")} for job, answer in shift.answers.items()}
+    worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"],
+                             [{"id": f"job-{k}", "input": one} for k, one in enumerate(inputs)],
+                             {"SDWORKER_DEVICE": setup.device} | environment, limit)
+    outputs = {job: answer.get("output") or {"error": answer.get("error")} for job,
+               answer in worker_run.answers.items()}
     drawn = {job: output for job, output in outputs.items() if output.get("images")}
-    beside = [shift.seconds[job] - shift.taken[job] - sum(output["timings"][name] for name in DRAWING)
+    beside = [worker_run.seconds[job] - worker_run.taken[job] - sum(output["timings"][name] for name in DRAWING)
               for job, output in drawn.items() if job != "job-0"]
     warnings = sorted({text for output in drawn.values() for text in output.get("warnings", ())})
     used = not any(name in text for name in environment for text in warnings)  # else a warning gives the reason
     return {"passed": len(drawn) == len(inputs) and used, "answered": len(outputs), "jobs": len(inputs), "limit": limit,
             "errors": {job: output.get("error") for job, output in outputs.items() if job not in drawn},
             "warnings": warnings, "timings": {job: output["timings"] for job, output in drawn.items()},
-            "first answer": shift.seconds.get("job-0"), "exit code": shift.code, "log": shift.log[-3000:],
+            "first answer": worker_run.seconds.get("job-0"), "exit code": worker_run.code,
+            "log": worker_run.log[-3000:],
             "beside drawing": statistics.median(beside) if beside else None}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00031
@@ -294,21 +296,21 @@ def compiled_engine(
     setup: Setup,
     limit: float = 200,  # seconds to compile
 ) -> dict[str, Any]:
-    "Compile the embedded model ahead of time, and compare pictures and times with the pipeline."
-    from sdworker.aot.engine import CapsuleEngine, find_capsule
+    "Compile the embedded model ahead of time, and compare pictures and times with the diffusers engine."
+    from sdworker.aot.engine import AotEngine, find_aot_package
     from sdworker.core.timing import compare, psnr
     from sdworker.engine.generate import generate
     from sdworker.lab.quality import draw_pairs
 
-    command = [sys.executable, "-m", "sdworker.cli.main", "bake", "--capsule", "--device", setup.device, "--json"]
-    ended = run_process(command, limit, SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
+    command = [sys.executable, "-m", "sdworker.cli.main", "bake", "--aot", "--device", setup.device, "--json"]
+    ended = run_process(command, limit, SDWORKER_AOT_DIR=str(setup.scratch / "aot"))
     if ended.code:
         raise ChildProcessError(ended.reason())
-    card, dtype = read_card(EMBEDDED, "embedded"), formats(setup)[0]
-    folder, reason = find_capsule(card, setup.device, dtype, [setup.scratch / "capsules"])
+    model, dtype = read_model_info(EMBEDDED, "embedded"), formats(setup)[0]
+    folder, reason = find_aot_package(model, setup.device, dtype, [setup.scratch / "aot"])
     if folder is None:
         raise ModelError(reason)
-    engines = CapsuleEngine(card, folder, setup.device), embedded_engine(setup.device, dtype)
+    engines = AotEngine(model, folder, setup.device), embedded_engine(setup.device, dtype)
     ours, theirs = ([image for _, image in draw_pairs(engine, _pairs(setup, 20), 10)] for engine in engines)
     worst = min(min(psnr(*both), 99.0) for both in zip(ours, theirs, strict=True))
     times = {str(n): compare(*(functools.partial(generate, engine, "a star", seed=1, n=n, max_batch=n)
@@ -401,15 +403,15 @@ def switch(
     from dataclasses import asdict
 
     from sdworker.lab.bench import build_switched
-    from sdworker.lab.quality import SWITCHES, draw_pairs, held
+    from sdworker.lab.quality import SWITCHES, compare_to_baseline, draw_pairs
 
-    card, one, pairs = read_card(EMBEDDED, "embedded"), SWITCHES[name], _pairs(setup, 20)
+    model, one, pairs = read_model_info(EMBEDDED, "embedded"), SWITCHES[name], _pairs(setup, 20)
     try:
-        engine = build_switched(one, card, setup.device)
+        engine = build_switched(one, model, setup.device)
     except ModelError as error:
         return {"not_used": str(error)}
     drawn = list(draw_pairs(engine, pairs, 10, **one.request))
-    return asdict(held(drawn, _plain(setup.device, len(pairs)), one.min_psnr))
+    return asdict(compare_to_baseline(drawn, _plain(setup.device, len(pairs)), one.min_psnr))
 
 def switch_apart(
     setup: Setup,
@@ -421,7 +423,7 @@ def switch_apart(
         return run_script("import json, sys; from sdworker.lab.gpu_checks import Setup, switch; "
                           "print(json.dumps(switch(Setup(dry=sys.argv[1] == 'cpu'), sys.argv[2])))",
                           limit, setup.device, name, TORCHINDUCTOR_CACHE_DIR=cache,
-                          SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
+                          SDWORKER_AOT_DIR=str(setup.scratch / "aot"))
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00045
 def refiner_offload(
@@ -430,14 +432,14 @@ def refiner_offload(
     "The embedded model with a refiner: pictures under each kind of offload against those without."
     from sdworker.core.timing import psnr
     from sdworker.embedded.tiny_models import with_refiner
-    from sdworker.engine.build_pipeline import defaults, pipeline_for
+    from sdworker.engine.build_pipeline import build_pipeline, defaults
     from sdworker.engine.generate import generate
 
     images, results = {}, {}
     with tempfile.TemporaryDirectory(dir=setup.scratch) as folder:
-        card = read_card(with_refiner(Path(folder, "model")), "embedded, with a refiner")
+        model = read_model_info(with_refiner(Path(folder, "model")), "embedded, with a refiner")
         for offload in ("none", "model") if setup.dry else ("none", "model", "sequential"):
-            engine = pipeline_for(defaults(offload=offload), card, setup.device, formats(setup)[0])
+            engine = build_pipeline(defaults(offload=offload), model, setup.device, formats(setup)[0])
             if setup.dry and engine.warnings:
                 return {"not_used": " ".join(engine.warnings)}
             images[offload] = [generate(engine, "a red star", seed=7, n=2).pictures[k].image for k in (0, 1, 0)]
@@ -489,7 +491,7 @@ def checks(
             dry: bool = True, **named: Any) -> None:
         if dry or not setup.dry or only:  # what compiles takes minutes on a processor
             report.part(name, lambda: check(setup, *arguments, **named), min(needs, 5) if setup.dry else needs, limit)
-    slow = [name for name in SWITCHES if name.startswith(("compile", "capsule"))]
+    slow = [name for name in SWITCHES if name.startswith(("compile", "aot"))]
     run("machine", machine_tools)
     run("rates", rates, limit=60)
     for dtype in formats(setup):
@@ -505,9 +507,9 @@ def checks(
     run("compiled code is opened", aot_loader, needs=60, dry=False)
     run("worker, reduce-overhead", worker, 120, 3, True, SDWORKER_COMPILE="reduce-overhead", needs=60, dry=False)
     run("compiled ahead of time", compiled_engine, needs=60, dry=False)
-    if any((setup.scratch / "capsules").glob("*/capsule.json")):
-        run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="capsule", needs=20, dry=False,
-            SDWORKER_CAPSULES=str(setup.scratch / "capsules"))
+    if any((setup.scratch / "aot").glob("*/aot.json")):
+        run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="aot", needs=20, dry=False,
+            SDWORKER_AOT_DIR=str(setup.scratch / "aot"))
     for name in SWITCHES:
         if name not in slow:
             run(f"switch {name}", switch, name, limit=45)

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.model_info import ModelError, read_card
+from ..core.model_info import ModelError, read_model_info
 from ..core.timing import psnr, timed, write_result
 from .gpu_checks import DRAWING
 from .gpu_report import Report, Setup, device_seconds, matmul_rates, run_script, sdxl_folder
-from .queue_server import work
+from .queue_server import run_workers
 
 if TYPE_CHECKING:
     import numpy
@@ -129,17 +129,17 @@ def engine_of(
     aot: Path | None = None,  # folder of the model's engine that was compiled ahead of time
 ) -> "Engine":
     "Load a model and change it. Raises `ModelError` for what cannot be had."
-    card, changes = read_card(model), way.split(", ")
+    model_info, changes = read_model_info(model), way.split(", ")
     if way == AOT:
-        from sdworker.aot.engine import CapsuleEngine
+        from sdworker.aot.engine import AotEngine
 
         if not aot:
             raise ModelError("nothing has been compiled ahead of time here; run the stage that does first.")
-        return CapsuleEngine(card, aot, device)
-    from sdworker.engine.build_pipeline import defaults, pipeline_for
+        return AotEngine(model_info, aot, device)
+    from sdworker.engine.build_pipeline import build_pipeline, defaults
 
     half = "bfloat16" if "fp8" in changes else "float16"
-    engine = pipeline_for(defaults(), card, device, half if device == "cuda" else "float32")
+    engine = build_pipeline(defaults(), model_info, device, half if device == "cuda" else "float32")
     for change in filter(CHANGES.__contains__, changes):
         CHANGES[change](engine)
     return engine
@@ -258,7 +258,7 @@ def image_operations(
     from sdworker.engine.diffusers_pipeline import bare_components
     from sdworker.lab.bench import operations
 
-    parts, blank = bare_components(read_card(model)), partial(torch.empty, device="meta")
+    parts, blank = bare_components(read_model_info(model)), partial(torch.empty, device="meta")
     unet, vae = parts["unet"], parts["vae"]
     config, side = unet.config, side // 2 ** (len(vae.config.block_out_channels) - 1)
     added = {"time_ids": blank(2, 6), "text_embeds": blank(
@@ -278,14 +278,14 @@ def job_overhead(
     request = size | {"prompt": PROMPT, "num_inference_steps": image_request(setup.dry)["steps"]}
     jobs = [{"id": f"{form} {k}", "input": request | {"seed": k, "image_format": form}}
             for k, form in enumerate(("png", "png", "png", "jpeg", "jpeg"))]
-    shift = work([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
+    worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
         "SDWORKER_MODEL": str(sdxl_folder(setup)), "SDWORKER_DEVICE": setup.device,
-        "SDWORKER_ENGINE": "pipeline"}, limit)
-    if not all("output" in shift.answers.get(job["id"], {}) for job in jobs):
-        raise ChildProcessError(f"not all jobs were answered: {shift.log[-1500:]}")
+        "SDWORKER_ENGINE": "diffusers"}, limit)
+    if not all("output" in worker_run.answers.get(job["id"], {}) for job in jobs):
+        raise ChildProcessError(f"not all jobs were answered: {worker_run.log[-1500:]}")
     rows = {}
     for job in (one["id"] for one in jobs[1:]):
-        timings, whole = shift.answers[job]["output"]["timings"], shift.seconds[job] - shift.taken[job]
+        timings, whole = worker_run.answers[job]["output"]["timings"], worker_run.seconds[job] - worker_run.taken[job]
         drawing = sum(timings[stage] for stage in DRAWING)
         rows[job] = {"whole": whole, "in the worker": timings["total"], "beside drawing": whole - drawing}
     return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))

@@ -331,7 +331,7 @@ def run(
                        **compiler_environment(setup.scratch))
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00034
-RECORDS = ("gpu-check", "gpu-families", "headline-gpu", "capsule-cuda", "coldstart-gpu", "bench-gpu")
+RECORDS = ("gpu-check", "gpu-families", "headline-gpu", "aot-cuda", "coldstart-gpu", "bench-gpu")
 
 def public(
     value: Any,  # of JSON

@@ -118,10 +118,10 @@ def _repository(hub: Hub, request: web.Request) -> _Repository:
 
 async def _about(hub: Hub, request: web.Request) -> web.Response:
     repository = _repository(hub, request)
-    card = {"license": repository.license} if repository.license else {}
+    card_data = {"license": repository.license} if repository.license else {}
     return web.json_response({
         "id": "{owner}/{name}".format(**request.match_info), "sha": repository.commit, "private": False,
-        "gated": "manual" if hub.token else False, "tags": [], "downloads": 0, "likes": 0, "cardData": card,
+        "gated": "manual" if hub.token else False, "tags": [], "downloads": 0, "likes": 0, "cardData": card_data,
         "siblings": [repository.entry(name, "rfilename") for name in repository.content]})
 
 async def _tree(hub: Hub, request: web.Request) -> web.Response:

@@ -20,9 +20,9 @@ from ..core.timing import summary, write_result
 FAST = "from sdworker.start.fast_imports import "
 LOAD = """import torch
 with {}:
-    from sdworker.core.model_info import EMBEDDED, read_card
-    from sdworker.engine.diffusers_pipeline import PipelineEngine
-    PipelineEngine(read_card(EMBEDDED))"""
+    from sdworker.core.model_info import EMBEDDED, read_model_info
+    from sdworker.engine.diffusers_pipeline import DiffusersEngine
+    DiffusersEngine(read_model_info(EMBEDDED))"""
 ENGINE = """with {}:
     import sdworker.engine.generate
     from diffusers import StableDiffusionXLPipeline"""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.timing import write_result
-from .queue_server import Shift, work
+from .queue_server import WorkerRun, run_workers
 from ..operate.plan import Endpoint, Load, simulate
 
 # %% ../../nbs/8_lab/08_plan_vs_real.ipynb #59566fe5
@@ -31,13 +31,13 @@ def jobs_for(
     return [{"id": f"job-{k}", "input": one} for k, one in enumerate(payloads)], arrivals.tolist()
 
 def measured(
-    shift: Shift,  # from `work`
+    worker_run: WorkerRun,  # from `work`
     arrivals: list[float],  # of job-0, job-1, ...
 ) -> tuple[Load, np.ndarray]:  # the load, and each job's seconds from its arrival until it was taken
     "The real run in the terms of the simulation."
     names = [f"job-{k}" for k in range(len(arrivals))]
-    taken = np.array([shift.taken[name] for name in names]) - shift.opened
-    answered = np.array([shift.seconds[name] for name in names]) - shift.opened
+    taken = np.array([worker_run.taken[name] for name in names]) - worker_run.opened
+    answered = np.array([worker_run.seconds[name] for name in names]) - worker_run.opened
     arrived = np.array(arrivals)
     return Load(arrived, answered - taken, np.ones(len(names))), taken - arrived
 
@@ -64,12 +64,12 @@ def replay(
 ) -> dict[str, Any]:  # as `compared`, with "jobs", "rate", "workers" and "seconds" (the mean of a job)
     "Run the same jobs with real workers and in the simulation. Raises `RuntimeError` if some are not answered."
     jobs, arrivals = jobs_for(n, rate)
-    shift = work([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
-        "SDWORKER_LOAD": "eager", "SDWORKER_ENGINE": "pipeline", "OMP_NUM_THREADS": "1"}, 120 + 2 * n / rate,
+    worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
+        "SDWORKER_LOAD": "eager", "SDWORKER_ENGINE": "diffusers", "OMP_NUM_THREADS": "1"}, 120 + 2 * n / rate,
         arrivals=arrivals, workers=workers)
-    if len(shift.seconds) < n:
-        raise RuntimeError(f"only {len(shift.seconds)} of {n} jobs were answered:\n{shift.log[-2000:]}")
-    load, wait = measured(shift, arrivals)
+    if len(worker_run.seconds) < n:
+        raise RuntimeError(f"only {len(worker_run.seconds)} of {n} jobs were answered:\n{worker_run.log[-2000:]}")
+    load, wait = measured(worker_run, arrivals)
     parameters = {"jobs": n, "rate": rate, "workers": workers, "seconds": float(load.seconds.mean())}
     return parameters | compared(load, wait, workers)
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from ..core.checkpoint_files import write_file
-from ..core.families import card_for, family_of
+from ..core.families import family_of, gpu_for
 from ..core.settings import PREFIX, PROFILES, Settings, complaint
 
 # %% ../../nbs/6_operate/01_hub.ipynb #b44755f7
@@ -38,7 +38,7 @@ class Model:
     @property
     def memory(self) -> int:  # GB
         "Return the memory of the smallest GPU that holds all of its weights."
-        return card_for(family_of(self.pipeline))
+        return gpu_for(family_of(self.pipeline))
 
 MODELS = {
     "Stable Diffusion XL": Model("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b",
@@ -83,12 +83,12 @@ class Scaling(BaseModel):
 
 # %% ../../nbs/6_operate/01_hub.ipynb #c01ed746
 NO_INPUT = {
-    "baked": "a folder of the image", "volume": "where RunPod mounts it", "capsules": "a folder of the image",
+    "baked": "a folder of the image", "volume": "where RunPod mounts it", "aot_dir": "a folder of the image",
     "quantize": "the image has neither torchao nor bitsandbytes",
-    "make_capsule": "the image has no C++ compiler and no CUDA headers",
-    "engine": "the image has a capsule only if it is built with CAPSULE, for a GPU on a base with CUDA's toolkit",
+    "aot_build": "the image has no C++ compiler and no CUDA headers",
+    "engine": "the image has an AOT package only if it is built with AOT, for a GPU on a base with CUDA's toolkit",
     "compile": "the image has a compiler only if it is built with COMPILE_CACHE; `cuda-graph` is not tested yet"}
-SHOWN_FIRST = ("profile", "model", "max_images", "max_side")  # the others are under "advanced"
+SHOWN_FIRST = ("profile", "model", "max_images", "max_size_px")  # the others are under "advanced"
 _OF_PROFILES = {name for values in PROFILES.values() for name in values}
 
 def inputs() -> list[dict[str, Any]]:  # entries of "env"
@@ -191,7 +191,7 @@ def _mistakes(hub: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
     for name, model in MODELS.items():
         small = [pool for pool in pools_of(hub) if pool in POOLS and POOLS[pool].memory < model.memory]
         if small and _offered(config, model):
-            yield f"gpuIds names {small[0]}, whose cards are too small for {name}, which takes {model.memory} GB."
+            yield f"gpuIds names {small[0]}, whose GPUs are too small for {name}, which takes {model.memory} GB."
     keys = [entry["key"] for entry in config["env"]]
     for name in Settings.model_fields:
         if PREFIX + name.upper() not in keys and name not in NO_INPUT:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'OPERATIONS', 'RATES', 'PUBLISHED', 'QUICKEST', 'DEFAULT_GRID', 'PlanError', 'Load', 'poisson', 'read_trace',
-           'price_of', 'image_seconds', 'Endpoint', 'Worker', 'Outcome', 'simulate', 'presence', 'report', 'grid',
-           'front', 'parse_goal', 'recommend', 'study', 'plot']
+           'price_of', 'image_seconds', 'Endpoint', 'Worker', 'Outcome', 'simulate', 'workers_over_time', 'report',
+           'grid', 'pareto_front', 'parse_goal', 'recommend', 'study', 'plot']
 
 # %% ../../nbs/6_operate/03_plan.ipynb #c419df9d
 import csv
@@ -284,7 +284,7 @@ def simulate(
     return Outcome(endpoint, load, run.start, run.cold, run.workers)
 
 # %% ../../nbs/6_operate/03_plan.ipynb #76305ca4
-def presence(
+def workers_over_time(
     outcome: Outcome,  # from `simulate`
     parts: int = 48,  # of the time from the first request to the end of the last worker
 ) -> list[float]:  # mean number of workers in each part
@@ -327,7 +327,7 @@ def grid(
     return reports
 
 # %% ../../nbs/6_operate/03_plan.ipynb #592446f9
-def front(
+def pareto_front(
     reports: Sequence[dict[str, float]],  # from `grid`
     by: str = "wait_p95",  # a report's entry, in seconds
 ) -> list[dict[str, float]]:  # the cheapest first
@@ -371,8 +371,8 @@ def study(
     described = {"requests": len(load.arrivals), "days": load.days, "seconds": float(load.seconds.mean()),
                  "images": float(load.images.sum())}
     ratio = best["cost_day"] / own["cost_day"] if best else None
-    return {"load": described, "goal": goal, "setting": own, "workers": presence(outcome), "grid": reports,
-            "front": front([*reports, own], name), "recommendation": best, "ratio": ratio}
+    return {"load": described, "goal": goal, "setting": own, "workers": workers_over_time(outcome), "grid": reports,
+            "front": pareto_front([*reports, own], name), "recommendation": best, "ratio": ratio}
 
 # %% ../../nbs/6_operate/03_plan.ipynb #6626a2f9
 def plot(

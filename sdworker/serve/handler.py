@@ -20,7 +20,7 @@ from typing import Any
 from ..build.cache_dirs import usable_caches
 from ..core.checkpoint_files import count_parameters, weight_files
 from ..core.model_info import ModelError, Unsuited
-from ..core.settings import SettingsError, settings
+from ..core.settings import SettingsError, get_settings
 from ..engine.types import Drawn, Engine, OnPicture, Request, prepare
 from .image_io import data_uri
 from .monitor import note, open_nvml, set_up_log
@@ -32,8 +32,8 @@ from sdworker.start.load import (
     begin_loading,
     give_up,
     initialize_model,
-    make_capsule_behind,
-    model_card,
+    model_info,
+    start_background_aot_export,
 )
 from ..start.prefetch import prefetch
 from ..start.timeline import LEDGER
@@ -47,29 +47,30 @@ def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> tuple[Engi
     LEDGER.lap("wait for a job")
     from sdworker.engine.generate import draw
 
-    params, specs = prepare(request, engine.card)
+    params, specs = prepare(request, engine.model)
     return engine, draw(engine, params, specs, max_batch, on_picture=on_picture)
 
 def respond(
     payload: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
     "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
-    card, limits = model_card(), settings()
-    request, encoded = parse_request(payload, card, limits), []
+    model, limits = model_info(), get_settings()
+    request, encoded = parse_request(payload, model, limits), []
     with ThreadPoolExecutor(2, "encode") as pool:
         engine, drawn = ENGINE_THREAD.submit(partial(
             _draw, request, limits.max_batch,
             lambda picture: encoded.append(pool.submit(data_uri, picture.image, **request.output)))).result()
         LEDGER.lap("first image")
-        with drawn.timings.stage("encode_image"):  # the part that is left when all is drawn
+        with drawn.timings.stage("image_encoding"):  # the part that is left when all is drawn
             images = [future.result() for future in encoded]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:
         timings["cold_start"] = cold
-        make_capsule_behind(engine)
+        start_background_aot_export(engine)
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
-            "warnings": advice(request, card) + drawn.warnings, "model": {"name": card.name, "pipeline": card.pipeline}}
+            "warnings": advice(request, model) + drawn.warnings,
+            "model": {"name": model.name, "pipeline": model.pipeline}}
 
 # %% ../../nbs/5_serve/08_handler.ipynb #e819af5b
 def failure(
@@ -110,7 +111,7 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
     try:
         name = str(job.get("id", "local"))
         if error is None:
-            note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if settings().log_prompts else "")
+            note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if get_settings().log_prompts else "")
         elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
             lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
             note(name, outcome, seconds, detail=answer["error"], exc_info=lost)
@@ -142,7 +143,7 @@ def _load_first() -> None:
 def _load_in_background() -> None:
     "Begin to load the model. Wait if something is to be compiled, so that no job is taken meanwhile."
     loading = begin_loading()
-    if settings().compile != "off":
+    if get_settings().compile != "off":
         loading.result()
 
 def _queue_options() -> dict[str, Any]:
@@ -155,22 +156,22 @@ def _queue_options() -> dict[str, Any]:
         if not started:
             LEDGER.lap("SDK start")
             open_nvml()
-            started.append(load[settings().load]())
+            started.append(load[get_settings().load]())
         return now
     options |= {"handler": _ending(options), "concurrency_modifier": concurrency}
     return options
 
 # %% ../../nbs/5_serve/08_handler.ipynb #a53eac3c
-def _look_ahead(queue: bool) -> int:
+def _start_prefetch(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; returns their parameters, 0 if files are missing."
-    card = None
+    model = None
     try:
-        card = model_card()
-        files = weight_files(card.folder)
+        model = model_info()
+        files = weight_files(model.folder)
         prefetch(files)
         return count_parameters(files)
     except (ModelError, OSError) as error:
-        if getattr(error, "lasting", False) or not (queue or card):
+        if getattr(error, "lasting", False) or not (queue or model):
             raise
         log.warning("not all here yet, so nothing is read ahead: %s", error)  # a volume or a download may bring it
         return 0
@@ -178,19 +179,19 @@ def _look_ahead(queue: bool) -> int:
 # %% ../../nbs/5_serve/08_handler.ipynb #6ae0a37c
 def _run(arguments: list[str], queue: bool = False) -> None:
     "Start the SDK with these command-line arguments."
-    chosen = settings()
-    set_up_log(chosen.log)
+    settings = get_settings()
+    set_up_log(settings.log)
     for moved in usable_caches():
         log.warning(moved)
-    weights = _look_ahead(queue) * (4 if chosen.dtype == "float32" else 2)  # bytes on a GPU
-    shrinks = chosen.quantize != "off" or chosen.offload != "none"  # by how much is known after the load
-    check = checks_at_start(chosen, 0 if shrinks else weights, log.warning) if queue else None
+    weights = _start_prefetch(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
+    shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known after the load
+    check = checks_at_start(settings, 0 if shrinks else weights, log.warning) if queue else None
     LEDGER.lap("worker")
-    if chosen.load == "eager" and not queue:
+    if settings.load == "eager" and not queue:
         _load_first()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
-        sdk, options = import_runpod(chosen.lean), _queue_options() if queue else {"handler": handler}
+        sdk, options = import_runpod(settings.lean), _queue_options() if queue else {"handler": handler}
     if "--rp_serve_api" in arguments:  # uvicorn sends the answer, then ends
         options["handler"] = _ending(options, lambda: os.kill(os.getpid(), signal.SIGINT))
     LEDGER.lap("runpod")
@@ -198,7 +199,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
         sdk.serverless.register_fitness_check(check)
     if not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, so no fork
         open_nvml()
-        if chosen.load == "background":
+        if settings.load == "background":
             _load_in_background()
     sys.argv = [sys.argv[0], *arguments]
     try:

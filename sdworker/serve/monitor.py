@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from ..core.settings import SettingsError, settings
+from ..core.settings import SettingsError, get_settings
 
 log = logging.getLogger("sdworker")
 
@@ -44,7 +44,7 @@ def set_up_log(
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #af60968e
 @lru_cache(maxsize=1)
-def _card() -> tuple[Any, Any] | None:
+def _nvml_gpu() -> tuple[Any, Any] | None:
     "NVML and its handle of the first GPU; None without one."
     if not shutil.which("nvidia-smi"):
         return None
@@ -59,10 +59,10 @@ def _card() -> tuple[Any, Any] | None:
 
 def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "utilisation" 0..1; empty: not known
     "Return the GPU's memory and utilisation, as far as NVML reports them."
-    card = _card() if _card.cache_info().currsize else None
-    if card is None:
+    gpu = _nvml_gpu() if _nvml_gpu.cache_info().currsize else None
+    if gpu is None:
         return {}
-    nvml, handle = card
+    nvml, handle = gpu
     try:
         memory, rates = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlDeviceGetUtilizationRates(handle)
     except nvml.NVMLError:
@@ -95,7 +95,7 @@ class Tally:
                 "slowest": round(jobs[-1], 3), "busy": round(min(worked / took, 1.0), 3) if took else 0.0,
                 "shares": shares}
 
-STAGES = ("encode", "denoise", "decode", "encode_image")  # of a job, in their order
+STAGES = ("text_encoder", "denoise", "decode", "image_encoding")  # of a job, in their order
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #25a204e6
 _state: dict[str, Tally | None] = {"tally": None}
@@ -103,7 +103,7 @@ _lock = threading.Lock()  # the local API answers in threads
 
 def open_nvml() -> None:
     "Open NVML in a thread of its own; `gpu_state` is empty until then."
-    threading.Thread(target=_card, name="nvml", daemon=True).start()
+    threading.Thread(target=_nvml_gpu, name="nvml", daemon=True).start()
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #a7fd87df
 def note(
@@ -129,7 +129,7 @@ def note(
 def _sum_up(counted: tuple) -> None:
     "Add a job to the tally, and log a summary after every `SDWORKER_LOG_EVERY` jobs."
     try:
-        every = settings().log_every
+        every = get_settings().log_every
     except SettingsError:  # the job's own line has the reason
         every = 0
     tally = _state["tally"] or Tally(time.monotonic() - counted[1])

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, PlainValidator, ValidationError
 
 from ..core.families import FAMILIES, UNKNOWN
-from ..core.model_info import ModelCard, fit
+from ..core.model_info import ModelInfo, fit
 from ..core.schedulers import SAMPLER_GROUPS, STAND_INS
 from ..core.settings import Settings, complaint
 from ..engine.build_pipeline import addons_present
@@ -35,7 +35,7 @@ PictureText = Annotated[Image.Image | None, PlainValidator(_picture_text)]
 class JobRequest(Request):
     "A request with its output options, as a job's JSON has it. `parse_request` makes one, with decoded pictures."
     image: PictureText = None  # in JSON base64, or a data URI
-    mask: PictureText = None  # the same
+    mask_image: PictureText = None  # the same
     image_format: Literal["png", "jpeg", "webp"] | None = None  # None: png, which loses nothing
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
@@ -48,24 +48,24 @@ class JobRequest(Request):
 class RequestError(ValueError):
     "A request that cannot be carried out; the message is for its sender."
 
-def _breaches(request: JobRequest, card: ModelCard, limits: Settings) -> Iterator[str]:
+def _breaches(request: JobRequest, model: ModelInfo, limits: Settings) -> Iterator[str]:
     "Each limit that a request breaks, as a sentence."
     if not all(prompt.strip() for prompt in request.prompt):
         yield "prompt should not be empty; say what to draw."
     for name in ("width", "height"):
         value = getattr(request, name)
-        if value is not None and not card.multiple <= value <= limits.max_side:
-            yield f"{name} is {value}: should be from {card.multiple} to {limits.max_side}."
-        elif value is not None and value % card.multiple:
-            below = value - value % card.multiple
-            yield (f"{name} is {value}: should be a multiple of {card.multiple}, "
-                   f"such as {below} or {below + card.multiple}.")
+        if value is not None and not model.multiple <= value <= limits.max_size_px:
+            yield f"{name} is {value}: should be from {model.multiple} to {limits.max_size_px}."
+        elif value is not None and value % model.multiple:
+            below = value - value % model.multiple
+            yield (f"{name} is {value}: should be a multiple of {model.multiple}, "
+                   f"such as {below} or {below + model.multiple}.")
     if request.steps is not None and not 1 <= request.steps <= limits.max_steps:
         yield f"num_inference_steps is {request.steps}: should be from 1 to {limits.max_steps}."
     texts = [("prompt", text) for text in request.prompt] + [("negative_prompt", request.negative_prompt or "")]
     for name, text in texts:
-        if len(text) > limits.max_prompt:
-            yield f"{name} has {len(text)} characters: should have at most {limits.max_prompt}."
+        if len(text) > limits.max_prompt_chars:
+            yield f"{name} has {len(text)} characters: should have at most {limits.max_prompt_chars}."
     images = len(request.prompt) * request.n
     if images > limits.max_images:
         yield (f"num_images is {request.n} for {len(request.prompt)} prompt(s), {images} images in all: "
@@ -73,44 +73,44 @@ def _breaches(request: JobRequest, card: ModelCard, limits: Settings) -> Iterato
     if request.image_quality and request.image_format in (None, "png"):
         yield (f"image_quality is {request.image_quality}: png loses nothing and has none; name jpeg or webp as "
                "image_format.")
-    yield from _unsuited(request, card)
+    yield from _unsuited(request, model)
     if isinstance(request.seed, list) and len(request.seed) != images:
         yield f"seed has {len(request.seed)} entries for {images} images: give one for each, or a single number."
 
 # %% ../../nbs/5_serve/02_request.ipynb #3e50f6cd
-def _unsuited(request: JobRequest, card: ModelCard) -> Iterator[str]:
+def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
     "Each field that a model's family has no use for, as a sentence."
-    family, begins = card.family, bool(request.image)
+    family, begins = model.family, bool(request.image)
     if family.edits and not begins:
-        yield f"image is missing; {card.name} edits a picture, and draws none without."
+        yield f"image is missing; {model.name} edits a picture, and draws none without."
     if begins and not (family.edits or family.from_image or family is UNKNOWN):
-        yield f"image is of no use to {card.name}, which draws from text alone; leave it out."
-    if request.mask and not begins:
-        yield "mask is given without image; give the picture that it belongs to."
-    if request.mask and not (family.inpaint or family is UNKNOWN):
-        yield f"mask is of no use to {card.name}; leave it out."
+        yield f"image is of no use to {model.name}, which draws from text alone; leave it out."
+    if request.mask_image and not begins:
+        yield "mask_image is given without image; give the picture that it belongs to."
+    if request.mask_image and not (family.inpaint or family is UNKNOWN):
+        yield f"mask_image is of no use to {model.name}; leave it out."
     if request.strength and family.edits:
-        yield f"strength is {request.strength:g}: {card.name} edits a picture, and has no use for it; leave it out."
+        yield f"strength is {request.strength:g}: {model.name} edits a picture, and has no use for it; leave it out."
     if request.strength and not begins:
         yield (f"strength is {request.strength:g}: it says how far to go from image, and there is none; give one, or "
                "leave it out.")
-    steps, strength = request.steps or card.steps, request.noise_share
+    steps, strength = request.steps or model.steps, request.noise_share
     if begins and not family.edits and steps * strength < 1:
         yield (f"strength is {strength:g} at {steps} step(s), of which none is left: should be at least "
                f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
     samplers = SAMPLER_GROUPS[family.samplers]
     if request.sampler and STAND_INS.get(request.sampler, request.sampler) not in samplers:
-        yield (f"scheduler is {request.sampler}: {card.name} has a sampler of its own, and no other"
+        yield (f"scheduler is {request.sampler}: {model.name} has a sampler of its own, and no other"
                f"{' but ' * bool(samplers) + ', '.join(samplers)}; leave it out.")
-    ends = request.guidance_end is not None and request.guidance_end < 1
-    refines = "refiner" in addons_present(card) and not begins and not (ends and request.guidance_end)
-    if request.refine_from and request.refine_from < 1 and not refines:
-        yield (f"refine_from is {request.refine_from:g}: it is for a model with a refiner (see SDWORKER_EXTRAS), for "
-               "pictures from noise, and without guidance_end; leave it out.")
+    ends = request.guidance_stop is not None and request.guidance_stop < 1
+    refines = "refiner" in addons_present(model) and not begins and not (ends and request.guidance_stop)
+    if request.refiner_start and request.refiner_start < 1 and not refines:
+        yield (f"refiner_start is {request.refiner_start:g}: it is for a model with a refiner (see SDWORKER_ADDONS), "
+               "for pictures from noise, and without guidance_stop; leave it out.")
     if ends and (begins or not family.staged):
         able = " and ".join(known.name for known in FAMILIES.values() if known.staged)
-        yield (f"guidance_end is {request.guidance_end:g}: guidance ends early only from noise, with {able}; leave it "
-               "out.")
+        yield (f"guidance_stop is {request.guidance_stop:g}: guidance ends early only from noise, with {able}; leave "
+               "it out.")
 
 # %% ../../nbs/5_serve/02_request.ipynb #ac1c5ae8
 MOST_PIXELS = 16_000_000  # of a picture that comes in
@@ -139,23 +139,23 @@ def read_picture(
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         raise RequestError(f"{name} should be a PNG, JPEG or WebP picture, whole, as base64 or a data URI.") from None
 
-def _with_pictures(request: JobRequest, card: ModelCard, limits: Settings) -> JobRequest:
+def _with_pictures(request: JobRequest, model: ModelInfo, limits: Settings) -> JobRequest:
     "Decode the pictures, or raise `RequestError`, also where they do not fit each other or the limits."
-    pictures = {name: read_picture(text, name) for name in ("image", "mask") if (text := getattr(request, name))}
+    pictures = {name: read_picture(text, name) for name in ("image", "mask_image") if (text := getattr(request, name))}
     if len({picture.size for picture in pictures.values()}) > 1:
         sizes = " and ".join("{} has {}x{} pixels".format(name, *picture.size) for name, picture in pictures.items())
         raise RequestError(f"{sizes}: the mask should be of the picture's size.")
     if (image := pictures.get("image")) and not (request.width and request.height):
-        width, height = fit(image.size, card.side, card.multiple)
-        if max(width, height) > limits.max_side:
+        width, height = fit(image.size, model.side, model.multiple)
+        if max(width, height) > limits.max_size_px:
             raise RequestError(f"image is {image.width}x{image.height}, of which {width}x{height} would be drawn: "
-                               f"should be at most {limits.max_side} wide and high; give width and height.")
+                               f"should be at most {limits.max_size_px} wide and high; give width and height.")
     return request.model_copy(update=pictures)
 
 # %% ../../nbs/5_serve/02_request.ipynb #be948d4d
 def parse_request(
     payload: Any,  # a job's "input"
-    card: ModelCard,  # of the model that will draw
+    model: ModelInfo,  # of the model that will draw
     limits: Settings,
 ) -> JobRequest:
     "Check a request and decode its pictures; raises `RequestError` with one sentence about the first mistake."
@@ -166,29 +166,29 @@ def parse_request(
             {str(name).encode("utf-8", "backslashreplace").decode(): value for name, value in payload.items()},
             by_alias=True, by_name=False)
     except ValidationError as error:
-        raise RequestError(complaint(error, private=("prompt", "negative_prompt", "image", "mask"))) from None
-    for breach in _breaches(request, card, limits):
+        raise RequestError(complaint(error, private=("prompt", "negative_prompt", "image", "mask_image"))) from None
+    for breach in _breaches(request, model, limits):
         raise RequestError(breach)
-    return _with_pictures(request, card, limits)
+    return _with_pictures(request, model, limits)
 
 # %% ../../nbs/5_serve/02_request.ipynb #6b1044eb
 def advice(
     request: Request,
-    card: ModelCard,
+    model: ModelInfo,
 ) -> list[str]:  # sentences for the response's "warnings"
     "Return what the sender should know about a request that is carried out."
-    size, warnings = (request.width or card.side, request.height or card.side), []
-    if size != (card.side, card.side) and not request.image:
-        warnings.append(f"The size is {size[0]}x{size[1]}; {card.name} was made for {card.side}x{card.side}, "
+    size, warnings = (request.width or model.side, request.height or model.side), []
+    if size != (model.side, model.side) and not request.image:
+        warnings.append(f"The size is {size[0]}x{size[1]}; {model.name} was made for {model.side}x{model.side}, "
                         "and others may look worse.")
-    guidance = card.guidance if request.guidance is None else request.guidance
-    if request.negative_prompt and not (card.family.negative and guidance > card.family.unguided):
+    guidance = model.guidance if request.guidance is None else request.guidance
+    if request.negative_prompt and not (model.family.negative and guidance > model.family.unguided):
         warnings.append("negative_prompt changes nothing: " + (
-            f"it acts through guidance, which is off at a guidance_scale of {card.family.unguided:g} or less."
-            if card.family.negative else f"{card.name} was distilled to do without."))
-    if card.family is UNKNOWN:
-        warnings.append(f"{card.name} is a {card.pipeline}, which this worker does not know; unless a request says "
-                        f"otherwise, it draws {card.side}x{card.side} with that class's own steps and guidance.")
+            f"it acts through guidance, which is off at a guidance_scale of {model.family.unguided:g} or less."
+            if model.family.negative else f"{model.name} was distilled to do without."))
+    if model.family is UNKNOWN:
+        warnings.append(f"{model.name} is a {model.pipeline}, which this worker does not know; unless a request says "
+                        f"otherwise, it draws {model.side}x{model.side} with that class's own steps and guidance.")
     if request.sampler in STAND_INS:
         warnings.append(f"The scheduler {request.sampler} is not here; {STAND_INS[request.sampler]} stands in for it.")
     return warnings

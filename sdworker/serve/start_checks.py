@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..build.locate import find
+from ..build.locate import locate
 from ..core.model_info import ModelError
 from ..core.settings import Settings, SettingsError, read_settings
-from ..start.load import model_card
+from ..start.load import model_info
 from ..start.timeline import LEDGER
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #996865de
@@ -48,7 +48,7 @@ def own_checks(
         if query.returncode or not output:
             raise RuntimeError(f"nvidia-smi found no GPU ({output or 'no answer'}); SDWORKER_DEVICE=cpu does without.")
         name, _, free = output.splitlines()[0].rpartition(",")
-        if free.strip().isdigit() and int(free) * 2**20 < weights:  # some cards give no figure
+        if free.strip().isdigit() and int(free) * 2**20 < weights:  # some GPUs give no figure
             raise RuntimeError(f"{name} has {int(free) / 1024:.1f} GB free, and the weights alone take "
                                f"{weights / 2**30:.1f} GB; choose a GPU with more memory.")
         LEDGER.lap("SDK checks")
@@ -60,17 +60,17 @@ class Finding:
     "The result of a check."
     name: str  # of the check
     state: str  # "pass", "warn" or "fail"
-    found: str  # one sentence
+    detail: str  # one sentence
     remedy: str = ""  # what helps; empty for "pass"
 
 Check = Callable[[Settings], Finding]
 
 def ok(
     name: str,  # of the check
-    found: str,  # one sentence
+    detail: str,  # one sentence
 ) -> Finding:
     "Return a finding that passes."
-    return Finding(name, "pass", found)
+    return Finding(name, "pass", detail)
 
 def run_check(
     check: Check,
@@ -104,7 +104,7 @@ def disk(
 
 def _is_fetched(settings: Settings) -> bool:
     try:
-        return find(settings) is None
+        return locate(settings) is None
     except ModelError:  # `weights` says why
         return False
 
@@ -114,14 +114,15 @@ def sizes(
 ) -> Finding:
     "Compare the limits in the settings with the model's own size and steps."
     try:
-        card = model_card()
+        model = model_info()
     except ModelError:  # a volume may bring it yet
         return ok("sizes", "not looked at, since the model is not here.")
-    for name, limit, own in (("max_side", settings.max_side, card.side), ("max_steps", settings.max_steps, card.steps)):
+    for name, limit, own in (("max_size_px", settings.max_size_px, model.side),
+                             ("max_steps", settings.max_steps, model.steps)):
         if limit < own:
-            return Finding("sizes", "fail", f"SDWORKER_{name.upper()} is {limit}, and {card.name} draws with {own} "
+            return Finding("sizes", "fail", f"SDWORKER_{name.upper()} is {limit}, and {model.name} draws with {own} "
                            "unless told otherwise: plain requests would be refused.", f"Set it to {own} at least.")
-    return ok("sizes", f"requests may ask for up to {settings.max_side} pixels and {settings.max_steps} steps.")
+    return ok("sizes", f"requests may ask for up to {settings.max_size_px} pixels and {settings.max_steps} steps.")
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #c34cc4bd
 QUEUE = ("RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_WEBHOOK_PING", "RUNPOD_AI_API_KEY")
@@ -153,12 +154,12 @@ def payload(
     settings: Settings,
 ) -> Finding:
     "Compare the largest answer that the settings allow with RunPod's limit."
-    one, all_bytes = (count * settings.max_side**2 * PIXEL for count in (1, settings.max_images))
+    one, all_bytes = (count * settings.max_size_px**2 * PIXEL for count in (1, settings.max_images))
     if all_bytes > LARGEST:
         fits = "not even one" if one > LARGEST else f"{int(LARGEST / one)}"
-        return Finding("payload", "warn", f"{settings.max_images} images of {settings.max_side} pixels come to "
+        return Finding("payload", "warn", f"{settings.max_images} images of {settings.max_size_px} pixels come to "
                        f"{all_bytes / 1e6:.0f} MB as PNG; RunPod takes {LARGEST / 1e6:.0f} MB: {fits} of them.",
-                       "Ask for image_format jpeg, or lower SDWORKER_MAX_IMAGES or SDWORKER_MAX_SIDE.")
+                       "Ask for image_format jpeg, or lower SDWORKER_MAX_IMAGES or SDWORKER_MAX_SIZE_PX.")
     return ok("payload", f"the largest answer is {all_bytes / 1e6:.0f} MB.")
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #5e8a6f7a
@@ -190,9 +191,9 @@ def checks_at_start(
         "Raise `RuntimeError` if this worker could not answer."
         for finding in run_checks(QUICK, settings):
             if finding.state == "fail":
-                raise RuntimeError(f"{finding.found} {finding.remedy}")
+                raise RuntimeError(f"{finding.detail} {finding.remedy}")
             if finding.state == "warn":
-                warn(f"{finding.name}: {finding.found} {finding.remedy}")
+                warn(f"{finding.name}: {finding.detail} {finding.remedy}")
         if gpu_check:
             gpu_check()
     return fit_to_work

@@ -1,4 +1,4 @@
-"""Workers on compiled code: real ones at a queue, damaged capsules, requests out of range, and memory."""
+"""The AOT engine: real workers at a queue, damaged packages, requests out of range, and memory."""
 
 import hashlib
 import json
@@ -16,77 +16,77 @@ from handled import handled, pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdworker.aot.engine import CapsuleEngine, beyond, capsule_key, digest_of
-from sdworker.aot.export import make_capsule, why_not
-from sdworker.core.model_info import EMBEDDED, Unsuited, read_card
+from sdworker.aot.engine import AotEngine, digest_of, package_key, unsupported_reason
+from sdworker.aot.export import export_package, missing_toolchain
+from sdworker.core.model_info import EMBEDDED, Unsuited, read_model_info
 from sdworker.core.timing import psnr
 from sdworker.embedded.shapes import judge
 from sdworker.embedded.tiny_models import miniature
-from sdworker.engine.diffusers_pipeline import PipelineEngine
+from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 from sdworker.engine.types import SamplingParams
 from sdworker.lab.bench_aot import same_pictures
-from sdworker.lab.queue_server import Shift, work
+from sdworker.lab.queue_server import WorkerRun, run_workers
 from sdworker.serve.image_io import data_uri, from_data_uri
 
 ROOT = Path(__file__).parent.parent
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 PROMPT = "a large red star on a blue background"
-CARD = read_card(EMBEDDED, "embedded")
+MODEL = read_model_info(EMBEDDED, "embedded")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_toolchain()), reason=missing_toolchain())]
 
 
 @pytest.fixture(scope="module")
-def capsule() -> Path:
-    """The embedded model's capsule, made once (`make capsule`) and kept in out/."""
-    return make_capsule(CARD, ROOT / "out" / "capsules")
+def package() -> Path:
+    """The embedded model's AOT package, made once (`make aot`) and kept in out/."""
+    return export_package(MODEL, ROOT / "out" / "aot")
 
 
 @pytest.fixture
-def copy(capsule, tmp_path) -> Path:
-    return Path(shutil.copytree(capsule, tmp_path / "the capsules" / "one"))
+def copy(package, tmp_path) -> Path:
+    return Path(shutil.copytree(package, tmp_path / "the packages" / "one"))
 
 
 def job(name: str, **fields) -> dict:
     return {"id": name, "input": {"prompt": PROMPT, "seed": 7} | fields}
 
 
-def started(capsules: Path, jobs: list[dict], **settings: str) -> Shift:
-    return work(OURS, jobs, {"SDWORKER_CAPSULES": str(capsules), **settings})
+def started(aot_dir: Path, jobs: list[dict], **settings: str) -> WorkerRun:
+    return run_workers(OURS, jobs, {"SDWORKER_AOT_DIR": str(aot_dir), **settings})
 
 
-def drawn(shift: Shift, name: str) -> dict:
+def drawn(worker_run: WorkerRun, name: str) -> dict:
     """An answer, whose picture must be what was asked for."""
-    assert "output" in shift.answers.get(name, {}), shift.log
-    answer = shift.answers[name]["output"]
+    assert "output" in worker_run.answers.get(name, {}), worker_run.log
+    answer = worker_run.answers[name]["output"]
     assert all(judge(from_data_uri(answer["images"][0]), PROMPT).values())
     return answer
 
 
-def test_a_worker_draws_with_the_capsule_and_hands_over_what_that_cannot_do(capsule):
+def test_a_worker_draws_with_the_aot_engine_and_hands_over_what_that_cannot_do(package):
     small = {"width": 24, "height": 24, "num_inference_steps": 2}
-    shift = started(capsule.parent, [job("first"), job("small", **small), job("smaller", **small), job("last")])
-    first, last = drawn(shift, "first"), drawn(shift, "last")
+    worker_run = started(package.parent, [job("first"), job("small", **small), job("smaller", **small), job("last")])
+    first, last = drawn(worker_run, "first"), drawn(worker_run, "last")
     rows = first["timings"]["cold_start"]
-    assert "check capsule" in rows and not {"transformers", "diffusers"} & set(rows)
+    assert "check package" in rows and not {"transformers", "diffusers"} & set(rows)
     assert first["warnings"] == last["warnings"] == [] and first["images"] == last["images"]
     for name in ("small", "smaller"):
-        answer = shift.answers[name]["output"]
+        answer = worker_run.answers[name]["output"]
         assert from_data_uri(answer["images"][0]).size == (24, 24)
-        assert any(said.startswith("Drawn by the pipeline, not the capsule: width is 24, and the capsule draws 32 to "
-                                   "2048, in steps of 8.") for said in answer["warnings"])
-    assert shift.log.count("the pipeline draws such requests") == 1, "said once"
-    pipeline = generate(PipelineEngine(CARD), PROMPT, width=24, height=24, steps=2, seed=7).pictures[0].image
-    ours = from_data_uri(shift.answers["small"]["output"]["images"][0])
-    assert np.abs(np.asarray(ours, int) - np.asarray(pipeline, int)).max() <= 2, "the pipeline's picture"
+        assert any(said.startswith("Drawn by the diffusers engine, not the AOT engine: width is 24, and the AOT "
+                                   "engine draws 32 to 2048, in steps of 8.") for said in answer["warnings"])
+    assert worker_run.log.count("the diffusers engine draws such requests") == 1, "said once"
+    pipeline = generate(DiffusersEngine(MODEL), PROMPT, width=24, height=24, steps=2, seed=7).pictures[0].image
+    ours = from_data_uri(worker_run.answers["small"]["output"]["images"][0])
+    assert np.abs(np.asarray(ours, int) - np.asarray(pipeline, int)).max() <= 2, "the diffusers engine's picture"
 
 
 def edited(folder: Path, **key: str) -> None:
-    about = json.loads((folder / "capsule.json").read_text())
+    about = json.loads((folder / "aot.json").read_text())
     about["key"] |= key
     about["digest"] = digest_of(about)
-    (folder / "capsule.json").write_text(json.dumps(about))
+    (folder / "aot.json").write_text(json.dumps(about))
 
 
 def one_byte(folder: Path) -> None:
@@ -98,68 +98,69 @@ def one_byte(folder: Path) -> None:
 def no_code(folder: Path) -> None:
     """A file that is what its hash says, and not what torch can open."""
     (folder / "vae.pt2").write_bytes(b"nothing")
-    about = json.loads((folder / "capsule.json").read_text())
+    about = json.loads((folder / "aot.json").read_text())
     about["files"]["vae.pt2"] = hashlib.sha256(b"nothing").hexdigest()
     about["digest"] = digest_of(about)
-    (folder / "capsule.json").write_text(json.dumps(about))
+    (folder / "aot.json").write_text(json.dumps(about))
 
 
 def half_written(folder: Path) -> None:
-    text = (folder / "capsule.json").read_text()
-    (folder / "capsule.json").write_text(text[:len(text) // 2])
+    text = (folder / "aot.json").read_text()
+    (folder / "aot.json").write_text(text[:len(text) // 2])
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda folder: edited(folder, torch="2.12.0"), f"torch (2.12.0, and here it is {torch.__version__})"),
     (lambda folder: edited(folder, architecture="x86-64-v4"), "another instruction set (x86-64-v4, and here it is"),
     (one_byte, "denoiser.pt2 in it is damaged"),
-    (half_written, "its capsule.json is damaged"),
+    (half_written, "its aot.json is damaged"),
     (lambda folder: (folder / "text.pt2").unlink(), "text.pt2 in it cannot be read"),
     (no_code, "cannot be opened"),
 ], ids=["torch", "instructions", "one byte", "half a manifest", "a file missing", "no code"])
-def test_a_capsule_that_does_not_fit_is_refused_and_the_pipeline_draws(copy, damage, reason):
+def test_a_package_that_does_not_fit_is_refused_and_diffusers_draws(copy, damage, reason):
     damage(copy)
-    shift = started(copy.parent, [job("first"), job("second")])
+    worker_run = started(copy.parent, [job("first"), job("second")])
     for name in ("first", "second"):
-        warning, = drawn(shift, name)["warnings"]
-        assert warning.startswith("Drawn by the pipeline: ") and reason in warning, warning
-    assert shift.log.count("drawing with the pipeline: ") == 1 and "Traceback" not in shift.log
+        warning, = drawn(worker_run, name)["warnings"]
+        assert warning.startswith("Drawn by the diffusers engine: ") and reason in warning, warning
+    assert worker_run.log.count("drawing with the diffusers engine: ") == 1 and "Traceback" not in worker_run.log
 
 
 def test_what_is_being_made_is_not_looked_at(copy):
     copy.rename(copy.parent.parent / "one")
     (copy.parent / ".making-one").mkdir()
-    shutil.move(copy.parent.parent / "one", copy.parent / ".making-one" / "capsule")
-    shift = started(copy.parent, [job("first")])
-    answer = drawn(shift, "first")
+    shutil.move(copy.parent.parent / "one", copy.parent / ".making-one" / "aot")
+    worker_run = started(copy.parent, [job("first")])
+    answer = drawn(worker_run, "first")
     assert answer["warnings"] == [] and "diffusers" in answer["timings"]["cold_start"]
 
 
-def test_a_worker_that_must_have_a_capsule_ends_without_one(tmp_path):
-    shift = work(OURS, [job("first")], {"SDWORKER_CAPSULES": str(tmp_path), "SDWORKER_ENGINE": "capsule"}, stop=False)
-    said = shift.answers["first"]["error"]
-    assert said.startswith("SDWORKER_ENGINE is 'capsule', and there is none in ") and "sdworker bake --capsule" in said
-    assert shift.code == 1
+def test_a_worker_that_must_have_a_package_ends_without_one(tmp_path):
+    worker_run = run_workers(OURS, [job("first")], {"SDWORKER_AOT_DIR": str(tmp_path), "SDWORKER_ENGINE": "aot"},
+                             stop=False)
+    said = worker_run.answers["first"]["error"]
+    assert said.startswith("SDWORKER_ENGINE is 'aot', and there is none in ") and "sdworker bake --aot" in said
+    assert worker_run.code == 1
 
 
-def test_a_worker_leaves_nothing_in_the_temporary_folder(capsule, tmp_path):
+def test_a_worker_leaves_nothing_in_the_temporary_folder(package, tmp_path):
     folder = tmp_path / "with a space"
     folder.mkdir()
-    drawn(started(capsule.parent, [job("first")], TMPDIR=str(folder)), "first")
+    drawn(started(package.parent, [job("first")], TMPDIR=str(folder)), "first")
     assert not list(folder.rglob("*.so"))
 
 
-def test_a_switch_that_a_capsule_does_not_have_is_named(capsule):
-    shift = work(OURS, [job("first")], {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule",
-                                        "SDWORKER_STEP_CACHE": "2"}, stop=False)
-    assert "SDWORKER_STEP_CACHE is for the pipeline alone" in shift.answers["first"]["error"]
+def test_a_switch_that_the_aot_engine_does_not_have_is_named(package):
+    worker_run = run_workers(OURS, [job("first")], {"SDWORKER_AOT_DIR": str(package.parent), "SDWORKER_ENGINE": "aot",
+                                                    "SDWORKER_STEP_CACHE": "2"}, stop=False)
+    assert "SDWORKER_STEP_CACHE is for the diffusers engine alone" in worker_run.answers["first"]["error"]
 
 
-def test_a_worker_with_nothing_but_a_capsule_refuses_what_that_cannot_do(capsule):
-    shift = started(capsule.parent, [job("wrong", width=24), job("right")], SDWORKER_ENGINE="capsule")
-    assert shift.answers["wrong"]["error"] == ("width is 24, and the capsule draws 32 to 2048, in steps of 8; "
-                                               "SDWORKER_ENGINE=auto hands such requests to the pipeline.")
-    drawn(shift, "right")
+def test_a_worker_with_the_aot_engine_alone_refuses_what_that_cannot_do(package):
+    worker_run = started(package.parent, [job("wrong", width=24), job("right")], SDWORKER_ENGINE="aot")
+    assert worker_run.answers["wrong"]["error"] == ("width is 24, and the AOT engine draws 32 to 2048, in steps of 8; "
+                                                    "SDWORKER_ENGINE=auto hands such requests to the diffusers engine.")
+    drawn(worker_run, "right")
 
 
 IMPORTED = """
@@ -183,19 +184,19 @@ COMMAND_AND_SETTINGS = """annotated_doc annotated_types dotenv pydantic pydantic
 DRAWING = "PIL numpy safetensors tokenizers torch torchgen"
 
 
-def test_what_a_start_imports_before_the_first_picture_is_counted(capsule):
+def test_what_a_start_imports_before_the_first_picture_is_counted(package):
     """A budget: packages by name, and all modules; 1,460 were counted when it was made, a pipeline needs 3,000."""
-    shift = work([sys.executable, "-c", IMPORTED], [job("first")],
-                 {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule"})
-    modules = drawn(shift, "first")["modules"]
+    worker_run = run_workers([sys.executable, "-c", IMPORTED], [job("first")],
+                             {"SDWORKER_AOT_DIR": str(package.parent), "SDWORKER_ENGINE": "aot"})
+    modules = drawn(worker_run, "first")["modules"]
     packages = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
     new = {name for name in packages if not name.startswith("_") and "mypyc" not in name}
     assert new <= {*SDK.split(), *COMMAND_AND_SETTINGS.split(), *DRAWING.split()}, "a start has begun to import more"
     assert len(modules) < 1600 and not {"torch._dynamo", "torch._inductor", "torch._meta_registrations"} & set(modules)
 
 
-def test_fifty_requests_out_of_range_get_a_sentence(capsule):
-    engine = CapsuleEngine(CARD, capsule)
+def test_fifty_requests_out_of_range_get_a_sentence(package):
+    engine = AotEngine(MODEL, package)
     sizes = [(w, h) for w, h in product((0, 8, 24, 31, 33, 64, 100, 2056, 4096), repeat=2) if (w, h) != (64, 64)][:40]
     wrong = [(SamplingParams(*size, 20, 3.0), 1) for size in sizes
              if not all(32 <= s <= 2048 and s % 8 == 0 for s in size)]
@@ -204,8 +205,8 @@ def test_fifty_requests_out_of_range_get_a_sentence(capsule):
     wrong += [(SamplingParams(64, 64, 20, 3.0, sampler), 1) for sampler in ("heun", "EULER", "unipc")]
     assert len(wrong) >= 50
     for shape, images in wrong:
-        assert beyond(engine, shape, images), (shape, images)
-        with pytest.raises(Unsuited, match=r"capsule"):
+        assert unsupported_reason(engine, shape, images), (shape, images)
+        with pytest.raises(Unsuited, match=r"AOT"):
             engine.route(shape, images)
 
 
@@ -216,8 +217,8 @@ print(json.dumps([handler({"id": "one", "input": given}) for given in json.load(
 """
 
 
-def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(capsule):
-    """The same through the handler of a worker that has nothing but the capsule."""
+def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(package):
+    """The same through the handler of a worker with the AOT engine alone."""
     sides = [(w, h) for w, h in product((0, 8, 24, 31, 33, 100, 2056, 4096), repeat=2)][:40]
     wrong = [{"width": w, "height": h} for w, h in sides]
     wrong += [{"num_inference_steps": steps} for steps in (0, -1, 101, 1000, "many")]
@@ -225,7 +226,7 @@ def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(capsule):
     wrong += [{"num_images": n} for n in (0, -1, 1000)] + [{"guidance_scale": -1}, {"seed": -1}, {"width": "wide"}]
     assert len(wrong) >= 50
     jobs = [job("", **fields)["input"] for fields in [*wrong, {}]]
-    told = {"SDWORKER_CAPSULES": str(capsule.parent), "SDWORKER_ENGINE": "capsule"}
+    told = {"SDWORKER_AOT_DIR": str(package.parent), "SDWORKER_ENGINE": "aot"}
     done = subprocess.run([sys.executable, "-c", ANSWERS], input=json.dumps(jobs), env=os.environ | told,
                           capture_output=True, text=True, check=True)
     *answers, right = json.loads(done.stdout)
@@ -235,9 +236,9 @@ def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(capsule):
     assert all(judge(from_data_uri(right["images"][0]), PROMPT).values())
 
 
-def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(capsule):
+def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(package):
     """Without the check some of these come back with a wrong shape and no error."""
-    engine = CapsuleEngine(CARD, capsule)
+    engine = AotEngine(MODEL, package)
     text, pooled, sizes = torch.zeros(2, 77, 128), torch.zeros(2, 64), torch.zeros(2, 6)
     good = [torch.zeros(2, 4, 16, 16), torch.zeros(2), text, pooled, sizes]
     assert engine.run("denoiser", *good)[0].shape == (2, 4, 16, 16)
@@ -254,29 +255,29 @@ def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(ca
             engine.run(part, torch.zeros(shape))
 
 
-def test_a_hundred_pairs_are_drawn_the_same(capsule):
-    """By four samplers, at three sizes and one that is not square; results/capsule.json holds 700."""
-    found = same_pictures(CapsuleEngine(CARD, capsule), PipelineEngine(CARD), 15)
+def test_a_hundred_pairs_are_drawn_the_same(package):
+    """By four samplers, at three sizes and one that is not square; results/aot.json holds 700."""
+    found = same_pictures(AotEngine(MODEL, package), DiffusersEngine(MODEL), 15)
     assert found["passed"] and found["pairs"] >= 100, found
 
 
 @pytest.mark.timeout(1200)
 def test_the_suite_for_a_model_of_five_hundred_megabytes_runs_in_small(tmp_path):
-    """That its weights are held once is in the record, results/capsule.json."""
+    """That its weights are held once is in the record, results/aot.json."""
     command = [sys.executable, "-m", "sdworker.lab.bench_aot", "--tiny", "--record", tmp_path, "--scratch", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
-    report = json.loads((tmp_path / "capsule-tiny.json").read_text())
+    report = json.loads((tmp_path / "aot-tiny.json").read_text())
     assert report["memory"]["weights"] >= 500e6 and report["memory"]["ratio"] > 0, report["memory"]
-    assert report["starts"]["capsule"]["rows"]["total"] > 0 and set(report["images"]) == {"1", "4"}
+    assert report["starts"]["aot"]["rows"]["total"] > 0 and set(report["images"]) == {"1", "4"}
     assert report["compile"]["first_call"] > 0 and report["bake"]["bytes"] > 0
 
 
 @pytest.mark.timeout(900)
-def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
+def test_stable_diffusion_1_is_compiled_as_well(tmp_path):
     """One text encoder, no sizes, no zeros for an empty prompt, and a sampler of its own that no table holds."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    pipe = PipelineEngine(CARD).pipe
+    pipe = DiffusersEngine(MODEL).pipe
     sdxl = ("addition", "projection")
     config = {name: value for name, value in pipe.unet.config.items() if not name.startswith(sdxl)}
     unet = UNet2DConditionModel.from_config(config | {"cross_attention_dim": 64, "layers_per_block": 1})
@@ -284,45 +285,45 @@ def test_stable_diffusion_1_has_a_capsule_as_well(tmp_path):
         vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=unet, feature_extractor=None,
         scheduler=PNDMScheduler(skip_prk_steps=True), safety_checker=None, requires_safety_checker=False,
     ).save_pretrained(tmp_path / "model")
-    card = read_card(tmp_path / "model")
-    engine = CapsuleEngine(card, make_capsule(card, tmp_path / "capsules"))  # which proves it with every sampler
+    model = read_model_info(tmp_path / "model")
+    engine = AotEngine(model, export_package(model, tmp_path / "aot"))  # which verifies it with every sampler
     assert engine.about["psnr"] > 40 and set(engine.parts) == {"text", "denoiser", "vae"}
-    assert beyond(engine, SamplingParams(64, 64, 20, 7.5), 1) == (
-        "the capsule has no table of the scheduler of the model")
-    assert beyond(engine, SamplingParams(64, 64, 20, 7.5, "ddim"), 1) == ""
+    assert unsupported_reason(engine, SamplingParams(64, 64, 20, 7.5), 1) == (
+        "the AOT engine has no table of the scheduler of the model")
+    assert unsupported_reason(engine, SamplingParams(64, 64, 20, 7.5, "ddim"), 1) == ""
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("pipeline, bits", [("StableDiffusion3Pipeline", "off"), ("FluxPipeline", "int8")])
-def test_transformers_have_a_capsule_and_need_no_diffusers(pipeline, bits, tmp_path):
+def test_transformers_are_compiled_and_need_no_diffusers(pipeline, bits, tmp_path):
     folder, here = miniature(pipeline, tmp_path / "tiny"), {"SDWORKER_QUANTIZE": bits}
-    make_capsule(read_card(folder), tmp_path / "capsules", quantize=bits)
+    export_package(read_model_info(folder), tmp_path / "aot", quantize=bits)
     jobs = {"plain": {}, "wide": {"width": 128, "height": 64, "num_images": 3}, "guided": {"guidance_scale": 9.0},
             "alone": {"width": 128, "height": 64, "seed": 8}, "few": {"num_inference_steps": 1},
             "other": {"prompt": "a blue ring"}, "unwanted": {"negative_prompt": "blue"}}
-    theirs, _ = handled(folder, jobs, SDWORKER_ENGINE="pipeline", **here)
-    ours, log = handled(folder, jobs, SDWORKER_ENGINE="capsule", SDWORKER_CAPSULES=str(tmp_path / "capsules"), **here)
+    theirs, _ = handled(folder, jobs, SDWORKER_ENGINE="diffusers", **here)
+    ours, log = handled(folder, jobs, SDWORKER_ENGINE="aot", SDWORKER_AOT_DIR=str(tmp_path / "aot"), **here)
     assert log.rstrip().endswith("imported:"), "neither diffusers nor torchao"
     for name in jobs:
         assert min(psnr(*both) for both in zip(pixels(ours[name]), pixels(theirs[name]), strict=True)) > 50, name
     plain = pixels(ours["plain"])[0]
     assert all((pixels(ours[name])[0] != plain).any() for name in ("guided", "few", "other"))
-    assert (pixels(ours["unwanted"])[0] != plain).any() == read_card(folder).family.negative
+    assert (pixels(ours["unwanted"])[0] != plain).any() == read_model_info(folder).family.negative
     assert np.abs(pixels(ours["wide"])[1] - pixels(ours["alone"])[0]).max() <= 2, "the same alone and in company"
     begun = {"image": data_uri(Image.new("RGB", (64, 64), "red")), "num_inference_steps": 4}
-    both, log = handled(folder, {"first": {}, "begun": begun}, SDWORKER_CAPSULES=str(tmp_path / "capsules"), **here)
+    both, log = handled(folder, {"first": {}, "begun": begun}, SDWORKER_AOT_DIR=str(tmp_path / "aot"), **here)
     assert both["first"]["warnings"] == [] and "begins from a picture" in both["begun"]["warnings"][0]
     assert both["begun"]["images"] and "diffusers" in log.rpartition("imported:")[2]
 
 
-def test_a_capsule_in_eight_bits_is_for_the_weights_that_it_was_made_of(tmp_path):
+def test_a_package_in_eight_bits_is_for_the_weights_that_it_was_made_of(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED, folder)
-    card = read_card(folder)
-    keys = [{bits: capsule_key(card, quantize=bits)["model"] for bits in ("off", "int8")}]
+    model = read_model_info(folder)
+    keys = [{bits: package_key(model, quantize=bits)["model"] for bits in ("off", "int8")}]
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     save_file(weights | {name: weights[name] * 1.01}, path)
-    keys.append({bits: capsule_key(card, quantize=bits)["model"] for bits in ("off", "int8")})
+    keys.append({bits: package_key(model, quantize=bits)["model"] for bits in ("off", "int8")})
     assert keys[0]["off"] == keys[1]["off"] and keys[0]["int8"] != keys[1]["int8"]
