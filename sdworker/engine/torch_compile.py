@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NOTE', 'why_not_compiled', 'use_compile', 'record_cuda_graph', 'RecordedForward', 'compile_denoiser',
            'restore_denoiser', 'is_compiled', 'cache_folder', 'cache_key', 'why_not_cached', 'remove_half_files',
-           'prepare', 'fill_cache', 'break_even']
+           'prepare', 'fill_cache']
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #d22ebc21
 import importlib.metadata
@@ -318,12 +318,3 @@ def fill_cache(
     key = cache_key(engine.model, engine.device, engine.dtype, most=most)
     write_file(folder / NOTE, json.dumps(key, indent=1).encode())
     return folder
-
-# %% ../../nbs/2_engine/14_torch_compile.ipynb #aaf8b5b1
-def break_even(
-    extra: float,  # seconds of compiling
-    plain: float,  # seconds of an image
-    compiled: float,  # the same
-) -> float:  # images; infinite: never
-    "After how many images compiling has repaid the seconds that it took."
-    return extra / (plain - compiled) if compiled < plain else float("inf")
