@@ -21,6 +21,7 @@ from .cache_dirs import need_space
 from .hub_download import Listing, ModelFile, OnBytes, fetch_one, list_on_hub, needed_files, sha256_of
 from .manifest import MANIFEST, read_manifest, set_writable, verify, write_manifest
 from ..core.checkpoint_files import check_files, components, stays_inside
+from ..core.families import family_of
 from ..core.model_info import EMBEDDED, ModelError, read_json
 
 # %% ../../nbs/1_build/04_bake.ipynb #11d57d2a
@@ -72,7 +73,7 @@ def parse_addons(
 # %% ../../nbs/1_build/04_bake.ipynb #60aa2661
 def _needs_fp16_vae(index: dict, vae: dict, variant: str) -> bool:
     "Whether a pipeline's VAE is SDXL's own, in half precision, where it overflows."
-    return (variant == "fp16" and "XL" in index["_class_name"] and vae.get("force_upcast", True)
+    return (variant == "fp16" and family_of(index["_class_name"]).vae_overflows and vae.get("force_upcast", True)
             and vae.get("block_out_channels") == SDXL_VAE)
 
 def _addon_files(addon: AddOn, classes: dict[str, str], variant: str) -> list[ModelFile]:

@@ -61,6 +61,7 @@ class Family:
     compiles: bool = False  # can be compiled ahead: `aot.modules.AOT_SPECS` has a row for it
     grows: bool = False  # whether a longer prompt makes the denoiser's call larger
     gpu_dtype: str = "bfloat16"  # number format on a GPU
+    vae_overflows: bool = False  # whether its own VAE overflows in half precision
     load: Mapping[str, Any] = field(default_factory=lambda: LOAD)  # arguments of a load, for classes that take them
     from_image: str = ""  # pipeline class for image to image; empty: none
     inpaint: str = ""  # pipeline class for inpainting; empty: none
@@ -84,7 +85,8 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family(
         "SDXL", "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M", 3.47, 30, 7.0,
         samplers="noise", staged=True, step_cache="deepcache", compiles=True, gpu_dtype="float16",
-        from_image="StableDiffusionXLImg2ImgPipeline", inpaint="StableDiffusionXLInpaintPipeline", few=DISTILLED),
+        vae_overflows=True, from_image="StableDiffusionXLImg2ImgPipeline", inpaint="StableDiffusionXLInpaintPipeline",
+        few=DISTILLED),
     "StableDiffusion3Pipeline": Family(
         "SD 3.5", "stabilityai/stable-diffusion-3.5-large", "Stability Community", 13.7, 28, 3.5, patch=2,
         compiles=True, from_image="StableDiffusion3Img2ImgPipeline", inpaint="StableDiffusion3InpaintPipeline",
@@ -123,7 +125,7 @@ GPU_NAMES = {16: "A4000", 24: "A5000, 4090", 48: "A6000, L40S", 80: "A100, H100"
 
 def gpu_for(
     family: Family,  # with its number of parameters
-) -> int:  # GB of memory, a key of `CARDS`
+) -> int:  # GB of memory, a key of `GPU_NAMES`
     "Return the smallest GPU that holds all weights of a family, by arithmetic; raises `ValueError` if none does."
     needed = family.gigabytes + ROOM
     if size := next((size for size in GPU_NAMES if needed <= size), None):
