@@ -125,7 +125,7 @@ def test_every_family_is_looked_at(pipeline, tmp_path):
     findings, selected = look(folder, cuda=True, SDWORKER_ATTENTION="sliced", SDWORKER_MAX_BATCH="2")
     family = FAMILIES.get(pipeline)
     batch = min(2, family.batch) if family else 0
-    expected = f"{batch} image(s) at once take 1.0" if family else f"not computed for this family: {pipeline} is not in"
+    expected = f"{batch} image(s) at once take 2.5" if family else f"not computed for this family: {pipeline} is not in"
     assert findings["memory"]["state"] == "pass" and findings["memory"]["detail"].startswith(expected)
     assert selected == ([["cuda", family.gpu_dtype]] if family and family.compiles else [])
     sliceable = "works" if pipeline.startswith(("Stable", "Latent")) and "3" not in pipeline else "cannot be sliced"
