@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #6e1c0f2b
 def randn(
     *size: Any,  # as for `torch.randn`, like all other arguments
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> torch.Tensor:
+    dtype: torch.dtype | None = None,  # None: torch's default
+    **options: Any,  # such as `generator` and `device`
+) -> torch.Tensor:  # as `torch.randn` returns it
     "`torch.randn`, with the same noise in half precision as in single precision, up to rounding."
     if dtype in (torch.float16, torch.bfloat16):
         return torch.randn(*size, dtype=torch.float32, **options).to(dtype)
@@ -51,7 +51,7 @@ def use_float32_noise() -> None:
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #3e295769
 def load_pipeline(
-    model: ModelInfo,
+    model: ModelInfo,  # its folder is read
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     weights: Mapping[str, torch.Tensor] | None = None,  # on the device already, to be shared: "unet.conv_in.weight"
@@ -92,7 +92,7 @@ def _of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 def bare_components(
-    model: ModelInfo,
+    model: ModelInfo,  # its configuration files are read, not its weights
 ) -> dict[str, torch.nn.Module]:  # by name
     "A model's components in single precision without any numbers, on torch's `meta` device."
     import diffusers
@@ -126,7 +126,7 @@ def _assign(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #4d6885f6
 def denoiser_of(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline",  # with a UNet or a transformer
 ) -> torch.nn.Module:
     "A pipeline's denoiser."
     return pipe.components.get("unet") or pipe.transformer
@@ -134,9 +134,9 @@ def denoiser_of(
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #08958d24
 @torch.no_grad()  # not inference_mode: to compiled code its tensors would be of another kind
 def encode_prompts(
-    pipe: "DiffusionPipeline",
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
+    pipe: "DiffusionPipeline",  # whose `encode_prompt` takes a negative prompt
+    specs: Sequence[ImageSpec],  # the images of one batch
+    params: SamplingParams,  # say whether there is guidance
 ) -> Encoded:  # text embeddings by the names under which the pipeline takes them
     "Embed the prompts of a batch, positive and negative."
     guided = params.guided > 0
@@ -165,18 +165,18 @@ def scheduler_for(
     return getattr(diffusers, name).from_config(own.config, **changed)
 
 def generators(
-    specs: Sequence[ImageSpec],
-) -> list[torch.Generator]:
+    specs: Sequence[ImageSpec],  # their seeds are read
+) -> list[torch.Generator]:  # one for each image, on the CPU
     "Random numbers for each image, which its seed alone decides."
     return [torch.Generator().manual_seed(spec.seed) for spec in specs]
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #7b751c7b
 def denoise(
-    pipe: "DiffusionPipeline",
-    encoded: Encoded,
-    specs: Sequence[ImageSpec],
-    params: SamplingParams,
-    on_step: OnStep | None = None,
+    pipe: "DiffusionPipeline",  # is called up to its latents
+    encoded: Encoded,  # from `encode_prompts` with the same specs and parameters
+    specs: Sequence[ImageSpec],  # the images of one batch
+    params: SamplingParams,  # of the batch
+    on_step: OnStep | None = None,  # called after each step; may raise to stop
     **more: Any,  # arguments of the pipeline
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
     "Run the denoiser, from pure noise by default."
@@ -221,7 +221,7 @@ def as_bytes(
 
 @torch.inference_mode()
 def decode(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline",  # its VAE is used
     latents: torch.Tensor,  # as from `denoise`
 ) -> np.ndarray:  # uint8 (n, height, width, 3)
     "Turn latents into pixels, in the machine's own memory."
@@ -230,9 +230,14 @@ def decode(
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #aefbca2d
 class DiffusersEngine:
     "Draws from noise with a diffusers pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
-    def __init__(self, model: ModelInfo, device: str = "cpu", dtype: str = "float32",
-                 weights: Mapping[str, torch.Tensor] | None = None,
-                 quantization: "PipelineQuantizationConfig | None" = None):
+    def __init__(
+        self,
+        model: ModelInfo,  # its folder is read; all arguments are those of `load_pipeline`
+        device: str = "cpu",  # "cpu" or "cuda"
+        dtype: str = "float32",  # "float32", "float16" or "bfloat16"
+        weights: Mapping[str, torch.Tensor] | None = None,  # on the device, to be shared; None: read from files
+        quantization: "PipelineQuantizationConfig | None" = None,  # see `quantize`; None: off
+    ):
         self.model, self.device, self.dtype, self.warnings = model, device, dtype, []  # for each answer
         self.pipe = load_pipeline(model, device, dtype, weights, quantization)
 

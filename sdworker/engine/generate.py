@@ -38,12 +38,19 @@ class BatchSizes:
     def __init__(self):
         self.failed: dict[tuple, dict[int, int]] = {}  # kind of batch -> pixels of an image -> fewest images
 
-    def fewest(self, params: SamplingParams) -> int | None:
+    def fewest(
+        self,
+        params: SamplingParams,  # with the size of the images
+    ) -> int | None:  # images; None: no batch has failed yet
         "The smallest batch of such images that is known not to fit."
         sizes = self.failed.get(self._kind(params), {})
         return min((images for pixels, images in sizes.items() if pixels <= params.width * params.height), default=None)
 
-    def add(self, params: SamplingParams, images: int) -> None:
+    def add(
+        self,
+        params: SamplingParams,  # of the batch that did not fit
+        images: int,  # in that batch
+    ) -> None:
         "Remember a batch that did not fit, unless that follows from what is known."
         if (known := self.fewest(params)) is not None and known <= images:
             return
@@ -62,10 +69,10 @@ class OutOfMemory(Unsuited):
     "Not even one image fits into memory."
 
 def in_batches(
-    specs: Sequence[ImageSpec],
+    specs: Sequence[ImageSpec],  # all images to draw, in order
     max_batch: int,  # images in one call
-    draw_batch: Callable[[Sequence[ImageSpec]], None],
-    params: SamplingParams,
+    draw_batch: Callable[[Sequence[ImageSpec]], None],  # draws so many at once, or raises if memory is out
+    params: SamplingParams,  # of all of them
     sizes: BatchSizes,  # of this engine; a batch that does not fit is added
 ) -> list[str]:  # for the answer's "warnings"
     "Draw images in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
@@ -95,12 +102,12 @@ def _half(images: int) -> int:
 
 # %% ../../nbs/2_engine/03_generate.ipynb #4aa3b988
 def draw(
-    engine: Engine,
-    params: SamplingParams,
-    specs: Sequence[ImageSpec],
+    engine: Engine,  # chooses which engine draws, see `Engine.route`
+    params: SamplingParams,  # from `prepare`, like the specs
+    specs: Sequence[ImageSpec],  # all images to draw, in order
     max_batch: int = 4,  # images in one call of the model
     on_step: OnStep | None = None,  # called with steps of single images, done and in all
-    on_picture: OnPicture = lambda picture: None,
+    on_picture: OnPicture = lambda picture: None,  # called as soon as a picture's batch is done; default: nothing
 ) -> Drawn:
     "Draw images in batches, on the engine that `engine` routes them to; raises `Unsuited` or `ModelError`."
     timings, pictures = Timings(), []
@@ -141,11 +148,11 @@ def _draw_batch(engine: Engine, batch: Sequence[ImageSpec], params: SamplingPara
 
 # %% ../../nbs/2_engine/03_generate.ipynb #650d5375
 def generate(
-    engine: Engine,
-    prompt: str | list[str],
+    engine: Engine,  # as for `draw`
+    prompt: str | list[str],  # one text or several
     max_batch: int = 4,  # images in one call of the model
     on_step: OnStep | None = None,  # as for `draw`
-    on_picture: OnPicture = lambda picture: None,
+    on_picture: OnPicture = lambda picture: None,  # as for `draw`
     **fields: Any,  # of `Request`
 ) -> Drawn:
     "Make a request, prepare it and draw; raises `ValueError` for a field that is wrong."

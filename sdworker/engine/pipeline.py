@@ -208,8 +208,12 @@ class QwenVLProcessor:
     "Prepares prompts with pictures for Qwen2.5-VL."
     MARK = "<|image_pad|>"
 
-    def __init__(self, folder: Path,  # with preprocessor_config.json
-                 tokenizer: "PreTrainedTokenizerBase"):  # Qwen2's
+    def __init__(
+        self,
+        folder: Path,  # with preprocessor_config.json
+        tokenizer: "PreTrainedTokenizerBase",  # Qwen2's
+    ):
+        "Raises `ModelError` if the folder has no readable configuration."
         from transformers import Qwen2VLImageProcessorPil
 
         try:

@@ -39,9 +39,9 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #eb1e0ff6
 def why_not_compiled(
     mode: str,  # "cuda-graph", "reduce-overhead", "regional" or "cached"
-    model: ModelInfo,
+    model: ModelInfo,  # its family says whether its prompts grow
     device: str,  # "cpu" or "cuda"
-    dtype: str,
+    dtype: str,  # "float32", "float16" or "bfloat16"
     offload: str = "none",  # as in the settings
     other: str = "",  # another switch that is on and that compiled code does not have
     most: int = 4,  # images in one call
@@ -64,14 +64,14 @@ def why_not_compiled(
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #0f14fb6f
 def use_compile(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline",  # its denoiser is marked, and not changed yet
     mode: str,  # "off", "cuda-graph", "reduce-overhead", "regional" or "cached"
     model: ModelInfo,  # of the pipeline's model
     device: str = "cpu",  # "cpu" or "cuda"
-    dtype: str = "float32",
-    offload: str = "none",  # this and what follows as of `why_not_compiled`
-    other: str = "",
-    most: int = 4,
+    dtype: str = "float32",  # "float32", "float16" or "bfloat16"
+    offload: str = "none",  # as in the settings
+    other: str = "",  # a switch that is on and that compiled code does not have; empty: none
+    most: int = 4,  # images in one call
 ) -> str:  # for the answer's "warnings"; empty: `prepare` will compile it
     "Choose how `prepare` compiles a pipeline's denoiser; until then it draws as it is."
     if mode == "off":
@@ -106,9 +106,9 @@ class RecordedForward:
     "A denoiser's forward that is recorded at the first call of each size, and replayed afterwards."
     def __init__(
         self,
-        forward: Callable[..., Any],
-        device: torch.device | str,
-        record: Callable[..., Any] = record_cuda_graph,
+        forward: Callable[..., Any],  # of a denoiser; takes and returns tensors, also nested
+        device: torch.device | str,  # of the copies of the inputs
+        record: Callable[..., Any] = record_cuda_graph,  # takes a call and a memory pool, as `record_cuda_graph` does
         most: int = 8,  # graphs to keep
     ):
         self.forward, self.device, self.record, self.most = forward, device, record, most
@@ -159,7 +159,7 @@ def compile_denoiser(
     denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
 def restore_denoiser(
-    denoiser: torch.nn.Module,
+    denoiser: torch.nn.Module,  # is changed back in place
 ) -> None:
     "Have a denoiser draw with its plain code again."
     vars(denoiser).pop("forward", None)
@@ -167,7 +167,7 @@ def restore_denoiser(
         module._compiled_call_impl = None
 
 def is_compiled(
-    denoiser: torch.nn.Module,
+    denoiser: torch.nn.Module,  # of diffusers
 ) -> bool:
     "Whether a denoiser, or a block of it, draws with compiled or recorded code."
     return "forward" in vars(denoiser) or any(module._compiled_call_impl for module in denoiser.modules())
@@ -184,11 +184,11 @@ def cache_folder() -> Path:
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #7e7fd3a6
 def cache_key(
-    model: ModelInfo,
+    model: ModelInfo,  # its denoiser's configuration is read
     device: str,  # "cpu" or "cuda"
-    dtype: str,
+    dtype: str,  # "float32", "float16" or "bfloat16"
     most: int = 4,  # images in one call
-) -> dict[str, str]:
+) -> dict[str, str]:  # by name, as `why_not_cached` compares and names them
     "What compiled code depends on."
     def version(package: str) -> str:
         try:
@@ -203,8 +203,8 @@ def cache_key(
 NOTE = "sdworker.json"  # in the cache's folder: its key
 
 def why_not_cached(
-    folder: Path,
-    key: dict[str, str],
+    folder: Path,  # of the compiler's cache
+    key: dict[str, str],  # of this process, from `cache_key`
 ) -> str:  # empty: it fits
     "Why a cache of compiled code is not used."
     try:

@@ -34,7 +34,7 @@ def _prompts(value: Any) -> list[str]:
     return [valid_unicode(prompt) for prompt in prompts]
 
 def valid_unicode(
-    text: str | None,
+    text: str | None,  # None: there is none
 ) -> str | None:  # the same
     "Return a text unchanged; raises `ValueError` if JSON's escapes spell half a character, which no tokenizer takes."
     if text and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -81,7 +81,7 @@ class Request(BaseModel):
 @dataclass(frozen=True)
 class ImageSpec:
     "One image to draw."
-    prompt: str
+    prompt: str  # what to draw; may be empty
     seed: int  # 0..2**32-1; of this image's own generator
     negative_prompt: str = ""  # empty: none
     image: Image.Image | None = None  # RGB, to begin from
@@ -109,8 +109,8 @@ class SamplingParams:
 def image_seeds(
     seed: int | Sequence[int] | None,  # 0..2**32-1; a list has one for each image; None: a random start
     n: int,  # images
-) -> list[int]:
-    "A seed for each image of a request."
+) -> list[int]:  # 0..2**32-1; after a single seed they count on from it
+    "A seed for each image of a request; raises `ValueError` if a list has another length."
     if isinstance(seed, Sequence):
         if len(seed) != n:
             raise ValueError(f"seed has {len(seed)} entries for {n} images; give one for each, or a single number.")
@@ -120,7 +120,7 @@ def image_seeds(
 
 # %% ../../nbs/2_engine/01_types.ipynb #ee03fefb
 def prepare(
-    request: Request,
+    request: Request,  # checked; None and left-out fields are filled in here
     model: ModelInfo,  # that will draw
 ) -> tuple[SamplingParams, list[ImageSpec]]:  # the images of the first prompt, then of the second, ...
     "Fill in the model's defaults; raises `ValueError` if there is not a seed for each image."
@@ -145,18 +145,37 @@ OnStep = Callable[[int, int], None]  # called with steps done and steps in all; 
 
 class Engine(Protocol):
     "Draws batches."
-    model: ModelInfo
-    device: str
-    dtype: str
+    model: ModelInfo  # what it draws with
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32", "float16" or "bfloat16"
 
-    def encode(self, specs: Sequence[ImageSpec], params: SamplingParams) -> Encoded: ...
+    def encode(
+        self,
+        specs: Sequence[ImageSpec],  # the images of one batch
+        params: SamplingParams,  # of the batch
+    ) -> Encoded:  # text embeddings by name, a row for each prompt; empty: `denoise` makes them
+        "Embed the prompts of a batch."
 
-    def denoise(self, encoded: Encoded, specs: Sequence[ImageSpec], params: SamplingParams,
-                on_step: OnStep | None = None) -> "torch.Tensor": ...
+    def denoise(
+        self,
+        encoded: Encoded,  # from `encode` with the same specs and parameters
+        specs: Sequence[ImageSpec],  # the images of one batch
+        params: SamplingParams,  # of the batch
+        on_step: OnStep | None = None,  # called after each step; None: nothing is reported
+    ) -> "torch.Tensor":  # for `decode`: latents (n, channels, height / s, width / s), or uint8 pixels as its result
+        "Draw the latents of a batch."
 
-    def decode(self, latents: "torch.Tensor") -> "np.ndarray": ...
+    def decode(
+        self,
+        latents: "torch.Tensor",  # from `denoise`
+    ) -> "np.ndarray":  # uint8 (n, height, width, 3), RGB
+        "Turn latents into pixels."
 
-    def route(self, params: SamplingParams, images: int) -> tuple["Engine", list[str]]:
+    def route(
+        self,
+        params: SamplingParams,  # of the batch
+        images: int,  # in one call of the model
+    ) -> tuple["Engine", list[str]]:  # itself or another; one sentence each
         "Return the engine that draws such a batch, and warnings for the answer; raises `Unsuited`."
 
 # %% ../../nbs/2_engine/01_types.ipynb #0687e39e
@@ -164,7 +183,7 @@ class Engine(Protocol):
 class Picture:
     "A finished image and what it was drawn from."
     image: Image.Image  # RGB
-    prompt: str
+    prompt: str  # without the negative prompt
     seed: int  # draws this image again, alone
     seconds: float  # its share of its batch's time
 
