@@ -81,9 +81,9 @@ def compile_part(
     inputs: list[list[Any]],  # of each: dtype and dimensions
     bounds: dict[str, list[int]],  # of each name: least, most, multiple
     to: Path,  # .pt2
-    device: str = "cpu",
+    device: str = "cpu",  # "cpu" or "cuda"; to compile for
 ) -> dict[str, torch.Tensor]:  # its constants by name: weights, and buffers that are in no file
-    "Export a module and compile it, without its weights."
+    "Export a module and compile it, without its weights; raises `ModelError` if code for a GPU cannot be opened."
     sizes = {"calls": 3, "images": 3} | {name: 4 * bounds["height"][2] * (3 + k)
                                          for k, name in enumerate(("height", "width"))}
     open_dims = {name: _dimension(name, *limits) for name, limits in bounds.items()}
