@@ -37,7 +37,7 @@ def encode(
 
 # %% ../../nbs/5_serve/04_image_io.ipynb #d689b3e9
 def data_uri(
-    image: Image.Image,
+    image: Image.Image,  # RGB
     kind: str = "png",  # a key of `FORMATS`
     **options: Any,  # of `encode`
 ) -> str:  # "data:image/png;base64,..."
@@ -60,7 +60,7 @@ def from_data_uri(
 
 # %% ../../nbs/5_serve/04_image_io.ipynb #f933f56e
 def save(
-    image: Image.Image,
+    image: Image.Image,  # RGB
     path: Path,  # .png, .jpeg or .webp; its folder is made
     **options: Any,  # of `encode`
 ) -> Path:  # the same

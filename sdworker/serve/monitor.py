@@ -24,7 +24,11 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/5_serve/07_monitor.ipynb #d156b3e4
 class JsonLines(logging.Formatter):
     "Formats each record as a JSON object in one line."
-    def format(self, record: logging.LogRecord) -> str:
+    def format(
+        self,
+        record: logging.LogRecord,  # its `figures`, if it has any, are added
+    ) -> str:  # "time" (seconds since the epoch), "level", "worker", "message" and, after an exception, "error"
+        "Return a record as one line."
         entry = {"time": round(record.created, 3), "level": record.levelname,
                 "worker": os.environ.get("RUNPOD_POD_ID", ""), "message": record.getMessage()}
         if record.exc_info:
@@ -73,13 +77,20 @@ def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "u
 @dataclass
 class Tally:
     "Counts of the jobs since the last summary."
-    began: float = field(default_factory=time.monotonic)
-    outcomes: dict[str, int] = field(default_factory=lambda: {"drawn": 0, "refused": 0, "failed": 0})
-    images: int = 0
+    began: float = field(default_factory=time.monotonic)  # seconds, of the monotonic clock
+    outcomes: dict[str, int] = field(default_factory=lambda: {"drawn": 0, "refused": 0, "failed": 0})  # jobs
+    images: int = 0  # in all answers
     seconds: list[float] = field(default_factory=list)  # of each job that was drawn
     stages: dict[str, float] = field(default_factory=dict)  # total seconds by stage
 
-    def add(self, outcome: str, seconds: float, images: int, timings: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        outcome: str,  # "drawn", "refused" or "failed"
+        seconds: float,  # from the job's start to its end
+        images: int,  # in its answer
+        timings: Mapping[str, Any],  # seconds by stage; stages that are missing count as 0
+    ) -> None:
+        "Count a job."
         self.outcomes[outcome] += 1
         self.images += images
         if outcome == "drawn":
@@ -87,7 +98,7 @@ class Tally:
         for stage in STAGES:
             self.stages[stage] = self.stages.get(stage, 0.0) + timings.get(stage, 0.0)
 
-    def sums(self) -> dict[str, Any]:
+    def sums(self) -> dict[str, Any]:  # jobs by outcome; "median" and "slowest" in seconds; "busy", "shares" 0..1
         "Return the summary."
         jobs, worked, took = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
         shares = {stage: round(seconds / worked, 3) for stage, seconds in self.stages.items()} if worked else {}

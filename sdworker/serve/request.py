@@ -40,7 +40,7 @@ class JobRequest(Request):
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
     @property
-    def output(self) -> dict[str, Any]:
+    def output(self) -> dict[str, Any]:  # "kind" and "quality"; quality None: the format's default
         "The output options, as `image_io.encode` takes them."
         return {"kind": self.image_format or "png", "quality": self.image_quality}
 
@@ -156,7 +156,7 @@ def _with_pictures(request: JobRequest, model: ModelInfo, limits: Settings) -> J
 def parse_request(
     payload: Any,  # a job's "input"
     model: ModelInfo,  # of the model that will draw
-    limits: Settings,
+    limits: Settings,  # largest size, most steps, images and characters
 ) -> JobRequest:
     "Check a request and decode its pictures; raises `RequestError` with one sentence about the first mistake."
     if not isinstance(payload, dict):
@@ -173,8 +173,8 @@ def parse_request(
 
 # %% ../../nbs/5_serve/02_request.ipynb #6b1044eb
 def advice(
-    request: Request,
-    model: ModelInfo,
+    request: Request,  # checked; fields left out are None
+    model: ModelInfo,  # that will draw
 ) -> list[str]:  # sentences for the response's "warnings"
     "Return what the sender should know about a request that is carried out."
     size, warnings = (request.width or model.side, request.height or model.side), []

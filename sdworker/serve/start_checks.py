@@ -29,7 +29,7 @@ def own_checks(
     device: str,  # the setting: "auto", "cpu" or "cuda"
     weights: int,  # bytes that the GPU must have room for
     seconds: float = 20,  # time limit of the query
-) -> Callable[[], None] | None:  # to register with the SDK; None: no driver to ask
+) -> Callable[[], None] | None:  # to register with the SDK; may raise `RuntimeError`; None: no driver to ask
     "Switch the SDK's own checks off, and start a query of the driver for its GPUs."
     for name in SWITCHES:
         os.environ.setdefault(name, "true")
@@ -73,8 +73,8 @@ def ok(
     return Finding(name, "pass", detail)
 
 def run_check(
-    check: Check,
-    settings: Settings,
+    check: Check,  # may raise
+    settings: Settings,  # to be checked
 ) -> Finding:
     "Run a check; an exception becomes a failed finding."
     try:
@@ -86,7 +86,7 @@ def run_check(
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #c3ce47ec
 def disk(
-    settings: Settings,
+    settings: Settings,  # to be checked
 ) -> Finding:
     "Check the free space of the cache folder and the temporary folder."
     places = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())}
@@ -110,7 +110,7 @@ def _is_fetched(settings: Settings) -> bool:
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #01462177
 def sizes(
-    settings: Settings,
+    settings: Settings,  # to be checked
 ) -> Finding:
     "Compare the limits in the settings with the model's own size and steps."
     try:
@@ -134,7 +134,7 @@ def set_and_unset(
     return [name for name in names if os.environ.get(name)], [name for name in names if not os.environ.get(name)]
 
 def queue(
-    settings: Settings,
+    settings: Settings,  # not read: RunPod's own variables count
 ) -> Finding:
     "Check that RunPod's variables are all set, or none of them."
     present, missing = set_and_unset(QUEUE)
@@ -151,7 +151,7 @@ LARGEST = 20e6  # bytes of an answer to /runsync; /run takes half: RunPod's limi
 PIXEL = 1.35 * 4 / 3  # bytes of an answer for a pixel, as PNG
 
 def payload(
-    settings: Settings,
+    settings: Settings,  # to be checked
 ) -> Finding:
     "Compare the largest answer that the settings allow with RunPod's limit."
     one, all_bytes = (count * settings.max_size_px**2 * PIXEL for count in (1, settings.max_images))
@@ -166,7 +166,7 @@ def payload(
 QUICK: tuple[Check, ...] = (disk, sizes, queue, payload)
 
 def run_checks(
-    checks: tuple[Check, ...],
+    checks: tuple[Check, ...],  # in this order
     settings: Settings | None = None,  # default: of the environment
 ) -> Iterator[Finding]:
     "Run checks one after the other, after one of the settings themselves."
@@ -180,7 +180,7 @@ def run_checks(
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #3bd0322b
 def checks_at_start(
-    settings: Settings,
+    settings: Settings,  # to be checked
     weights: int,  # bytes that the GPU must have room for
     warn: Callable[[str], None],  # called with each warning
 ) -> Callable[[], None]:  # to register with the SDK; raises `RuntimeError`, which ends the worker
