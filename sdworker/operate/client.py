@@ -199,7 +199,7 @@ class Client(_Connection):
         return job_of(self._query("status", job))
 
     def wait(self, job: str, seconds: float = 600) -> Job:  # job: id; seconds: limit
-        "Poll until a job is done, every 0.4 to 2 s, below RunPod's rate limit."
+        "Poll until a job is done, every 0.4 to 2 s, below RunPod's rate limit. Raises `ClientError` after the limit."
         end, interval = time.monotonic() + seconds, 0.25
         while not (state := self.status(job)).done:
             if time.monotonic() >= end:
@@ -208,7 +208,7 @@ class Client(_Connection):
         return state
 
     def stream(self, job: str) -> Iterator[Any]:  # job: id
-        "Iterate over the pieces that a job returns, until it has ended."
+        "Iterate over the pieces that a job returns, until it has ended. Raises `ClientError` if it has none."
         status = ""
         while status not in FINAL:
             answer = self._query("stream", job)
