@@ -98,7 +98,7 @@ def contact_sheet(
     columns: int = 8,  # pictures in a row
     zoom: int = 1,  # whole-number enlargement
 ) -> Image.Image:  # RGB, on grey, two pixels between pictures
-    "Put pictures on one sheet, row by row."
+    "Put pictures on one sheet, row by row; raises `ValueError` if there are none."
     if not images:
         raise ValueError("contact_sheet needs at least one picture; images is empty.")
     width, height = (d * zoom + 2 for d in images[0].size)
