@@ -45,8 +45,8 @@ def plain_errors(
 # %% ../../nbs/9_cli/01_reports.ipynb #02b01ca4
 @contextmanager
 def bar(
-    shown: bool,
-    label: str,
+    shown: bool,  # False: nothing is drawn
+    label: str,  # text beside the bar, unless a call brings its own
     of_bytes: bool = False,  # else steps
 ):
     "A progress bar on stderr; yields a callback for steps or bytes done and in all."
