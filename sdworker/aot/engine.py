@@ -238,8 +238,11 @@ class AotEngine:
         self.weights, self.parts, self.tokenizers, self.tables = _open(model, folder, self.about, device)
 
     @torch.inference_mode()
-    def run(self, part: str,  # "text", "denoiser" or "vae"
-            *tensors: torch.Tensor) -> list[torch.Tensor]:  # the part's outputs
+    def run(
+        self,
+        part: str,  # "text", "denoiser" or "vae"
+        *tensors: torch.Tensor,  # its inputs, on the engine's device
+    ) -> list[torch.Tensor]:  # the part's outputs
         "Call a part. Raises `Unsuited` if it was not compiled for such inputs."
         check_inputs(self.about["parts"][part], self.about["bounds"], tensors)
         return _call(self, part, [tensor.contiguous() for tensor in tensors])
