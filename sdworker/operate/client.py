@@ -189,7 +189,7 @@ class Client(_Connection):
         "Put a job into the queue."
         return job_of(send(self._http, "POST", "/run", {"input": payload}))
 
-    def runsync(self, payload: dict[str, Any], seconds: float = 600) -> Job:  # seconds: limit of each call
+    def runsync(self, payload: dict[str, Any], seconds: float = 600) -> Job:  # as `run`'s; limit of each call
         "Put a job into the queue and wait until it is done."
         job = job_of(send(self._http, "POST", "/runsync", {"input": payload}, seconds))
         return job if job.done else self.wait(job.id, seconds)
