@@ -62,8 +62,8 @@ def checks_table(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00012
 def machine_tools(
-    setup: Setup,
-) -> dict[str, Any]:
+    setup: Setup,  # its scratch folder's disk is measured
+) -> dict[str, Any]:  # "nvcc" and "g++" (versions), "libcuda", "disk" and "memory" (bytes), "gpu", ...
     "The tools beside Python, and what the worker's own readers report of the GPU."
     from sdworker.engine.compiler_options import architecture
     from sdworker.operate.doctor import gpu_facts
@@ -78,8 +78,8 @@ def machine_tools(
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "architecture": architecture(setup.device)}
 
 def rates(
-    setup: Setup,
-) -> dict[str, Any]:
+    setup: Setup,  # dry: small matrices and copies
+) -> dict[str, Any]:  # "matmul" (operations a second) and "copy", as `matmul_rates` and `copy_rates` give them
     "What the device does at best."
     small = (64, 2) if setup.dry else ()
     return {"matmul": matmul_rates(setup.device, *small), "copy": copy_rates(setup.device, *(2**20, 2) * setup.dry)}
@@ -88,15 +88,15 @@ def rates(
 FORMATS = ("float16", "bfloat16", "float32")
 
 def formats(
-    setup: Setup,
+    setup: Setup,  # whether it is dry
 ) -> Sequence[str]:
     "The number formats to check: all on a GPU, float32 dry."
     return FORMATS[2:] if setup.dry else FORMATS
 
 @functools.lru_cache(maxsize=4)
 def embedded_engine(
-    device: str,
-    dtype: str,
+    device: str,  # "cpu" or "cuda"
+    dtype: str,  # "float32", "float16" or "bfloat16"
 ) -> Any:  # an engine
     "The embedded model in a number format, loaded once."
     from sdworker.engine.build_pipeline import build_pipeline, defaults
@@ -109,9 +109,9 @@ def _pairs(setup: Setup, n: int) -> list[tuple[str, int]]:
     return pairs("gate 2", 3 if setup.dry else n)
 
 def pictures(
-    setup: Setup,
-    dtype: str,
-) -> dict[str, Any]:
+    setup: Setup,  # dry: three pictures
+    dtype: str,  # "float32", "float16" or "bfloat16"
+) -> dict[str, Any]:  # "passed", "adherence" (shares, 0..1), "pictures" (number), "parts" (their formats)
     "Adherence of 200 pictures; 24 of them go into `embedded-DTYPE.png`."
     from sdworker.embedded.shapes import adherence, contact_sheet
     from sdworker.lab.quality import MIN_RATES, draw_pairs
@@ -127,8 +127,8 @@ def pictures(
 LEAST_DB = 30  # from the processor's picture, at worst: what `aot.export` asks of half precision
 
 def against_processor(
-    setup: Setup,
-) -> dict[str, Any]:
+    setup: Setup,  # dry: three pictures, the processor against itself
+) -> dict[str, Any]:  # "passed"; by format "worst" and "median" (dB, at most 99), "same scene" (0..1)
     "Pictures of each number format against the processor's of the same seeds."
     from sdworker.core.timing import psnr
     from sdworker.embedded.shapes import check
@@ -145,8 +145,8 @@ def against_processor(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00021
 def alone_and_in_a_batch(
-    setup: Setup,
-) -> dict[str, Any]:
+    setup: Setup,  # dry: only batches of two
+) -> dict[str, Any]:  # "passed"; by format and batch the largest difference in "levels" (0..255) and "worst" (dB)
     "The first images of batches of 2, 4 and 8 against the same drawn alone, by number format."
     import numpy as np
 
@@ -172,8 +172,8 @@ def alone_and_in_a_batch(
 KERNELS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
 
 def attention(
-    setup: Setup,
-) -> dict[str, Any]:
+    setup: Setup,  # dry: 64 tokens in place of 4096
+) -> dict[str, Any]:  # "passed"; "xformers" by format, "seconds" by kernel, or the reason why not
     "Whether xformers works in each format, the seconds of SDXL's largest attention by kernel, and torch's choice."
     import torch
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -200,12 +200,12 @@ DRAWING = ("text_encoder", "denoise", "decode")  # stages of an answer's timings
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00027
 def worker(
-    setup: Setup,
+    setup: Setup,  # dry: two jobs of two steps
     limit: float = 90,  # seconds, after which the worker is stopped; or when the setup's time is over
-    jobs: int = 10,
+    jobs: int = 10,  # of one image and two in turn
     odd: bool = False,  # three images without guidance as the last job
-    **environment: str,
-) -> dict[str, Any]:
+    **environment: str,  # of the worker, besides the device
+) -> dict[str, Any]:  # "passed", "errors" and "timings" by job, "first answer" and "beside drawing" (seconds), ...
     "A worker on the real SDK: what became of its jobs, and the seconds that a job takes beside drawing, median."
     from sdworker.lab.queue_server import run_workers
 
@@ -232,9 +232,9 @@ def worker(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00031
 def doctor(
-    setup: Setup,
-) -> dict[str, Any]:
-    "The doctor's findings that are not `pass`: as it is, with a large batch, and with the guide's profile."
+    setup: Setup,  # dry: only as it is
+) -> dict[str, Any]:  # "passed"; findings "as it is", with a "batch of 64", and by the profile "guide"
+    "The doctor's findings that are not `pass`, in three variants of the settings. Raises `ChildProcessError`."
     results, variants = {}, {"as it is": {}, "batch of 64": {"SDWORKER_MAX_BATCH": "64"},
                            "guide": {"SDWORKER_PROFILE": "guide"}}
     for name, more in list(variants.items())[:1 if setup.dry else None]:
@@ -283,9 +283,9 @@ print(json.dumps(results))
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00035
 def full_memory(
-    setup: Setup,
+    setup: Setup,  # its device is filled
     way: str,  # "fraction": torch's allocator has a bound; "filled": the GPU itself is full
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # "passed"; "eight" and "next": images and warnings of each job
     "Eight images where eight do not fit, and a job after that."
     results = run_script(FULL, 90, way, SDWORKER_MAX_BATCH="8", SDWORKER_DEVICE=setup.device)
     halved = any("do not fit into memory" in text for text in results["eight"]["warnings"] or ())
@@ -293,10 +293,10 @@ def full_memory(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00038
 def compiled_engine(
-    setup: Setup,
+    setup: Setup,  # its scratch folder gets the package
     limit: float = 200,  # seconds to compile
-) -> dict[str, Any]:
-    "Compile the embedded model ahead of time, and compare pictures and times with the diffusers engine."
+) -> dict[str, Any]:  # "passed", "worst" (dB), "compile" (seconds), "images" (seconds by batch), "files" (bytes)
+    "Compile the embedded model ahead of time and compare engines. Raises `ChildProcessError` or `ModelError`."
     from sdworker.aot.engine import AotEngine, find_aot_package
     from sdworker.core.timing import compare, psnr
     from sdworker.engine.generate import generate
@@ -364,9 +364,9 @@ def _outcome(ended: Any) -> str:
     return "opened" if ended.out.endswith("opened\n") else f"{'not ' * (not ended.out)}compiled; {ended.reason()}"
 
 def aot_loader(
-    setup: Setup,
+    setup: Setup,  # dry: only as the worker does it
     limit: float = 120,  # seconds for each process; they run at the same time
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # "passed"; what became of each of `OPENINGS`; "stack": lines of the debugger
     "Whether compiled code can be opened, by way, and the debugger's stack where it could not."
     with tempfile.TemporaryDirectory(dir=setup.scratch, prefix="openings-") as folder:
         def command(name: str, how: Any) -> list[str]:
@@ -396,7 +396,7 @@ def _plain(device: str, n: int) -> list[Any]:
     return list(draw_pairs(engine, pairs("gate 2", n), 10))
 
 def switch(
-    setup: Setup,
+    setup: Setup,  # dry: three pictures
     name: str,  # a key of `SWITCHES`
 ) -> dict[str, Any]:  # "not_used" with the reason where it cannot be had
     "One switch: how far its pictures are from the plain pipeline's, and whether that is what it promises."
@@ -414,10 +414,10 @@ def switch(
     return asdict(compare_to_baseline(drawn, _plain(setup.device, len(pairs)), one.min_psnr))
 
 def switch_apart(
-    setup: Setup,
-    name: str,
+    setup: Setup,  # as for `switch`
+    name: str,  # a key of `SWITCHES`
     limit: float = 120,  # seconds
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # as from `switch`
     "`switch` in a process of its own, with an empty compiler's cache."
     with tempfile.TemporaryDirectory(dir=setup.scratch, prefix="compiler-") as cache:
         return run_script("import json, sys; from sdworker.lab.gpu_checks import Setup, switch; "
@@ -427,7 +427,7 @@ def switch_apart(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00045
 def refiner_offload(
-    setup: Setup,
+    setup: Setup,  # dry: only what the processor can
 ) -> dict[str, Any]:  # "not_used" with the reason where there is no offload
     "The embedded model with a refiner: pictures under each kind of offload against those without."
     from sdworker.core.timing import psnr
@@ -449,12 +449,12 @@ def refiner_offload(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00048
 def families(
-    setup: Setup,
+    setup: Setup,  # its scratch folder gets the settings of the tests
     limit: float = 260,  # seconds
     names: Sequence[str] = (),  # of tests; default: all
     **environment: str,  # beside the settings of the tests, which take no others
-) -> dict[str, Any]:
-    "Run tests/test_families.py on the device; raises FileNotFoundError outside of the repository."
+) -> dict[str, Any]:  # "passed", "late", "tests" by outcome, "failed" (names), "reasons" (lines)
+    "Run tests/test_families.py on the device. Raises `FileNotFoundError` outside of a clone, or `ChildProcessError`."
     root = Path(sdworker.__file__).parent.parent
     if not (file := root / "tests" / "test_families.py").exists():
         raise FileNotFoundError("there is no tests/test_families.py beside the package; run this in a clone.")
@@ -480,7 +480,7 @@ def families(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00051
 def checks(
-    setup: Setup,
+    setup: Setup,  # dry: what does not compile, in small
     only: Sequence[str] = (),  # beginnings of the names of checks; default: all
 ) -> Report:
     "Run the checks for which there is time."
@@ -521,8 +521,8 @@ def checks(
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00052
 def family_checks(
-    setup: Setup,
-    only: Sequence[str] = (),
+    setup: Setup,  # dry: one test
+    only: Sequence[str] = (),  # beginnings of the names of parts; default: all
 ) -> Report:
     "Run the families' tests, in half precision and then in float32 without TF32."
     report, few = Report(setup, "gpu-families", only), ["a_class_that_diffusers"] if setup.dry else []

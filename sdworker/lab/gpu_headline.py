@@ -34,20 +34,26 @@ if TYPE_CHECKING:
     from sdworker.engine.types import Engine
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00008
-def channels_last(engine: "FamilyEngine") -> None:
+def channels_last(
+    engine: "FamilyEngine",  # its denoiser and VAE are changed in place
+) -> None:
     "Keep the tensors of denoiser and VAE with the channels last in memory."
     import torch
 
     for module in (engine.pipe.unet, engine.pipe.vae):
         module.to(memory_format=torch.channels_last)
 
-def vae_half(engine: "FamilyEngine") -> None:
+def vae_half(
+    engine: "FamilyEngine",  # its VAE is changed in place
+) -> None:
     "Decode in the number format of the denoiser."
     import torch
 
     engine.pipe.vae.to(getattr(torch, engine.dtype))
 
-def fused_qkv(engine: "FamilyEngine") -> None:
+def fused_qkv(
+    engine: "FamilyEngine",  # its denoiser is changed in place
+) -> None:
     "Compute queries, keys and values of the denoiser's attention in one product."
     engine.pipe.fuse_qkv_projections(vae=False)
 
@@ -60,7 +66,9 @@ def _large(module: "torch.nn.Module", name: str) -> bool:
             and not name.endswith(("attn2.to_k", "attn2.to_v"))
             and module.in_features % 16 == module.out_features % 16 == 0)
 
-def fp8(engine: "FamilyEngine") -> None:
+def fp8(
+    engine: "FamilyEngine",  # its denoiser is changed in place
+) -> None:
     "Multiply in 8-bit floats in the denoiser's large layers, scaled by row. Raises `ModelError` without a GPU."
     if engine.device != "cuda":
         raise ModelError("8-bit products need a CUDA device, and this engine is on the cpu; leave fp8 out.")
@@ -72,12 +80,14 @@ def fp8(engine: "FamilyEngine") -> None:
 def _compiler(engine: "FamilyEngine", mode: str | None = None) -> dict[str, Any]:
     return {"mode": mode} if engine.device == "cuda" else {"backend": "eager"}
 
-def compile_blocks(engine: "FamilyEngine") -> None:
+def compile_blocks(
+    engine: "FamilyEngine",  # its denoiser is changed in place
+) -> None:
     "Compile the block that the denoiser repeats, for all sizes."
     engine.pipe.unet.compile_repeated_blocks(fullgraph=True, dynamic=True, **_compiler(engine))
 
 def compile_whole(
-    engine: "FamilyEngine",
+    engine: "FamilyEngine",  # its denoiser and VAE are changed in place
     mode: str | None = None,  # of `torch.compile`
 ) -> None:
     "Compile the denoiser and the decoder, each as one graph for one size."
@@ -88,7 +98,9 @@ def compile_whole(
                                            **_compiler(engine, mode))
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00019
-def record_denoiser(engine: "FamilyEngine") -> None:
+def record_denoiser(
+    engine: "FamilyEngine",  # its denoiser is changed in place
+) -> None:
     "Replay the denoiser as a CUDA graph."
     from sdworker.engine.torch_compile import compile_denoiser
 
@@ -146,7 +158,7 @@ def engine_of(
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00028
 def signal_to_difference(
-    ours: "numpy.ndarray",
+    ours: "numpy.ndarray",  # any shape
     theirs: "numpy.ndarray",  # of the same shape
 ) -> float:  # dB; 99 for equal ones
     "How far an array is from another, relative to its own size."
@@ -157,9 +169,9 @@ def signal_to_difference(
     return min(10 * math.log10(float((theirs**2).sum()) / off), 99.0) if off else 99.0
 
 def against_eager(
-    setup: Setup,
-    way: str,
-    latents: "numpy.ndarray",
+    setup: Setup,  # with the folders of the records, where eager's picture is kept
+    way: str,  # a key of `WAYS`
+    latents: "numpy.ndarray",  # of the same seed for each way
     picture: "numpy.ndarray",  # uint8 (height, width, 3)
 ) -> dict[str, float]:  # dB by "latents" and "picture"; nothing where eager has not drawn
     "Compare what a way has drawn with what `eager` has, in this call or an earlier one."
@@ -180,7 +192,7 @@ def against_eager(
 PROMPT = "a large red star on a blue background"
 
 def image_request(
-    dry: bool,
+    dry: bool,  # 64 pixels and 2 steps in place of 1024 and 30
 ) -> dict[str, Any]:  # arguments of `generate`
     "The image that is timed."
     side = {"width": 64, "height": 64, "steps": 2} if dry else {"width": 1024, "height": 1024, "steps": 30}
@@ -188,7 +200,7 @@ def image_request(
 
 def measure_way(
     way: str,  # a key of `WAYS`
-    setup: Setup,
+    setup: Setup,  # dry: one turn in small
     aot: Path | None = None,  # see `engine_of`
 ) -> dict[str, Any]:  # seconds: "load", "first", "image" (summary), "step", "decode", "encode"; "dB"; "peak" (bytes)
     "Measure one way in this process."
@@ -236,7 +248,7 @@ print(json.dumps(measure_way(way, setup, Path(aot) if aot else None)))
 
 def way_in_process(
     way: str,  # a key of `WAYS`
-    setup: Setup,
+    setup: Setup,  # with the time that is left
     aot: Path | None = None,  # see `engine_of`
 ) -> dict[str, Any]:  # see `measure_way`
     "Measure a way in a process of its own, which may take three times what it needs. Raises `ChildProcessError`."
@@ -250,7 +262,7 @@ DENSE = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}  # operations a second by
 def image_operations(
     model: Path,  # its folder; of a UNet that takes a size and a pooled prompt, as SDXL's does
     side: int,  # pixels
-    steps: int,
+    steps: int,  # denoising steps
 ) -> dict[str, float]:  # of a "step" with guidance, the "decode" and the "image"; text encoders are left out
     "Count the operations of an image."
     import torch
@@ -270,7 +282,7 @@ def image_operations(
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00041
 def job_overhead(
-    setup: Setup,
+    setup: Setup,  # its model and device are the worker's
     limit: float,  # seconds
 ) -> dict[str, Any]:  # seconds beside drawing by "png" and "jpeg", median; "jobs": each with its times
     "Send a worker five jobs of one image; the first is not counted. Raises `ChildProcessError` if any fails."
@@ -293,7 +305,7 @@ def job_overhead(
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00044
 def headline(
-    setup: Setup,
+    setup: Setup,  # dry: in small, on a processor
     only: tuple[str, ...] = (),  # beginnings of the names of parts, such as "CUDA graph"; default: what is missing
     aot: Path | None = None,  # folder of SDXL's engine that was compiled ahead of time; None: that way is left out
 ) -> Report:
@@ -324,7 +336,7 @@ def _reason(error: str) -> str:
     return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
 
 def write_headline(
-    report: Report,
+    report: Report,  # may be incomplete
 ) -> dict[str, Any]:  # what was written
     "Write what a stage has so far in the form that `headline_table` reads."
     results = {name: part["result"] for name, part in report.parts.items() if "result" in part}
@@ -346,15 +358,15 @@ PUBLISHED = {  # seconds for one image of SDXL of 1024x1024 in 30 steps, and whe
     "A100, diffusers eager in bfloat16": (3.315, _DIFFUSERS)}
 
 def machine_of(
-    record: Mapping[str, Any],
+    record: Mapping[str, Any],  # as `write_headline` writes it
 ) -> str:  # such as "NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, 2026-12-01"
     "What a record's figures were measured on."
     dry = "; a dry run in small, whose figures mean nothing" if record["dry"] else ""
     return f"{record['gpu']['name']}, torch {record['gpu']['torch']}, {record['date']}{dry}"
 
 def step_share(
-    record: Mapping[str, Any],
-    way: str,
+    record: Mapping[str, Any],  # as `write_headline` writes it
+    way: str,  # a key of its `ways`
 ) -> float:  # of 1
     "A denoising step's rate as a share of the measured matrix product's in the same number format."
     result = record["ways"][way]

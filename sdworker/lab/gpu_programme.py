@@ -62,7 +62,7 @@ def stage_table() -> str:  # Markdown
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00008
 def stage_function(
     name: str,  # a key of `STAGES`
-) -> Callable[[Setup, Sequence[str]], Any]:
+) -> Callable[[Setup, Sequence[str]], Any]:  # takes a setup and beginnings of the names of parts
     "The function of a stage, imported now; raises ValueError for a name that is none."
     if name not in STAGES:
         raise ValueError(f"STAGE is {name!r}, and should be one of {', '.join(STAGES)}.")
@@ -71,7 +71,7 @@ def stage_function(
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00011
 def headline_ways(
-    setup: Setup,
+    setup: Setup,  # with what an earlier stage has compiled
     only: Sequence[str] = (),  # beginnings of the names of ways; default: what is missing
 ) -> Any:  # a `Report`
     "Measure the ways to draw one image, with what an earlier stage has compiled."
@@ -81,7 +81,7 @@ def headline_ways(
     return headline(setup, tuple(only), unpack(setup))
 
 def bench_rows(
-    setup: Setup,
+    setup: Setup,  # its state folder has the rows of earlier calls
     only: Sequence[str] = (),  # must be empty: rows are measured in their order
 ) -> None:
     "Measure rows of `sdworker bench --suite gpu` for which there is time; raises ValueError for names of parts."
@@ -101,10 +101,10 @@ def bench_rows(
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00014
 def run_in_time(
-    command: Sequence[str],
+    command: Sequence[str],  # program and arguments
     limit: float,  # seconds until it is interrupted; 10 s later it is killed, and so are its children
     log: Path,  # gets what it prints
-    **environment: str,
+    **environment: str,  # in addition to this process's
 ) -> int:  # exit code
     "Run a process, show and keep what it prints, and end it in time."
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _kill_group(leader: int) -> None:
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00017
 def compiler_environment(
-    scratch: Path,
+    scratch: Path,  # folder of the compilers' files; gets a link to the driver's library
 ) -> dict[str, str]:  # variables
     "Where compilers keep their files and find CUDA."
     variables = {"XDG_CACHE_HOME": str(scratch / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -178,7 +178,7 @@ def reach(
 
 def project_requirements(
     root: Path,  # of the repository
-) -> list[str]:
+) -> list[str]:  # such as "torch>=2.10"
     "What the worker asks for, and what of the extras the programme needs."
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(root / "settings.ini")
@@ -199,7 +199,7 @@ def installed_there(
     return {canonicalize_name(name): (version or [""])[0].partition("+")[0] for name, *version in lines}
 
 def to_carry(
-    requirements: Iterable[str],
+    requirements: Iterable[str],  # such as "torch>=2.10"
     there: Mapping[str, str],  # from `installed_there`
     python: str = "3.12",  # version there
 ) -> dict[str, str]:  # version by name
@@ -226,8 +226,8 @@ def to_carry(
 def download_wheels(
     packages: Mapping[str, str],  # version by name
     to: Path,  # folder; what else is in it is removed
-    python: str = "3.12",
-) -> list[Path]:
+    python: str = "3.12",  # version that they are for
+) -> list[Path]:  # one for each package
     "Have the wheels of these packages, and no others, in a folder. Raises ValueError if pip finds one nowhere."
     to.mkdir(parents=True, exist_ok=True)
 
@@ -297,7 +297,7 @@ def make_environment(
 def run_stage(
     name: str,  # a key of `STAGES`
     parts: Sequence[str],  # beginnings of names; empty: all
-    setup: Setup,
+    setup: Setup,  # device, folders and time of the stage
 ) -> None:
     "Run a stage in this process, and print what became of its parts."
     from sdworker.lab.gpu_checks import verdict
@@ -317,9 +317,9 @@ run_stage(sys.argv[2], sys.argv[3:], Setup(**values | folders))
 """
 
 def run(
-    name: str,
-    parts: Sequence[str],
-    setup: Setup,
+    name: str,  # a key of `STAGES`
+    parts: Sequence[str],  # beginnings of names; empty: all
+    setup: Setup,  # device, folders and time of the stage
     root: Path,  # the repository; with `.whl` in it an environment is made first
 ) -> int:  # exit code
     "Run a stage in a process of its own, in time; raises ValueError for a name that is none."
@@ -335,7 +335,7 @@ RECORDS = ("gpu-check", "gpu-families", "headline-gpu", "aot-cuda", "coldstart-g
 
 def public(
     value: Any,  # of JSON
-) -> Any:
+) -> Any:  # for JSON
     "A record without logs, tracebacks and paths."
     if isinstance(value, dict):
         return {key: public(one) for key, one in value.items() if key not in ("trace", "log", "folder")}

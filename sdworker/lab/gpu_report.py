@@ -190,7 +190,7 @@ class Report(_Record):
         needs: float = 5.0,  # expected seconds; with less time left the part is skipped
         limit: float = math.inf,  # time limit in seconds
     ) -> Any:  # the result of `call`, of this or an earlier call; None: it was skipped or failed
-        "Run a part unless it has a result or there is too little time, and write the record."
+        "Run a part without a result if there is time, and write the record. Raises `SystemExit` if the GPU is lost."
         earlier, left = self.parts.get(name, {}), self.setup.seconds_left()
         tries = earlier.get("tries", 0)
         if self.only and not name.startswith(self.only):

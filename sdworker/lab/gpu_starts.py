@@ -41,7 +41,7 @@ from .gpu_report import Report, Setup, run_process, run_script, sdxl_folder
 PIECE = 15 * 2**20  # bytes
 
 def pack(
-    folder: Path,
+    folder: Path,  # to be packed, under its own name
     to: Path,  # folder of the pieces; is made
     size: int = PIECE,  # of a piece, bytes
 ) -> dict[str, int]:  # "bytes" in all, "pieces"
@@ -56,7 +56,7 @@ def pack(
     return {"bytes": packed.tell(), "pieces": len(pieces)}
 
 def unpack(
-    setup: Setup,
+    setup: Setup,  # its scratch and state folders are searched
 ) -> Path | None:  # the folder of what was compiled; None: nothing was, or its pieces are not whole
     "Find what was compiled on this machine, or unpack what an earlier call has kept."
     place, pieces = setup.scratch / "aot", list(setup.state.glob("aot-*.tar.xz.*"))
@@ -72,7 +72,7 @@ def unpack(
 
 # %% ../../nbs/8_lab/12_gpu_starts.ipynb #97d00010
 def bake(
-    setup: Setup,
+    setup: Setup,  # dry: the embedded model
     limit: float,  # seconds
 ) -> dict[str, Any]:  # "seconds", "bytes", "psnr" (dB, of the worst picture against the diffusers engine)
     "Compile the model ahead of time with `sdworker bake --aot`. Raises `ChildProcessError`."
@@ -98,7 +98,7 @@ print(json.dumps(folder.name))
 """
 
 def fits(
-    setup: Setup,
+    setup: Setup,  # its scratch folder has what was compiled
 ) -> str:  # the folder's name
     "Find what was compiled as a worker does. Raises `ChildProcessError` with the reason why it cannot be used."
     return run_script(FITS, 120, str(sdxl_folder(setup)), setup.device, "float32" if setup.dry else "float16",
@@ -106,7 +106,7 @@ def fits(
 
 # %% ../../nbs/8_lab/12_gpu_starts.ipynb #97d00012
 def bake_aot(
-    setup: Setup,
+    setup: Setup,  # dry: the embedded model, on a processor
     only: Sequence[str] = (),  # see `Report`
 ) -> Report:
     "The stage that compiles: `aot-bake.json` and the pieces."
@@ -124,7 +124,7 @@ WORKERS = {"diffusers": "ours, diffusers engine", "naive": "the usual worker", "
            "lazy": "ours, SDWORKER_LOAD=lazy"}
 
 def workers_of(
-    setup: Setup,
+    setup: Setup,  # device and model of the workers
     aot: Path | None,  # folder of what was compiled ahead of time; None: without that worker
 ) -> dict[str, tuple[list[str], dict[str, str]]]:  # command and environment by key of `WORKERS`
     "The workers whose starts are compared, those that tell most first."
@@ -152,10 +152,10 @@ def start(
             "rows": run["output"].get("timings", {}).get("cold_start")}
 
 def start_all(
-    report: Report,
+    report: Report,  # gets a part for each start
     workers: Mapping[str, tuple[list[str], dict[str, str]]],  # by name
     cold: list[Path],  # files to drop from the page cache before each
-    turns: int,
+    turns: int,  # starts of each worker
 ) -> None:
     "Start each worker so many times, as far as there is time."
     setup, request = report.setup, image_request(report.setup.dry)
@@ -168,7 +168,7 @@ def start_all(
                         1.3 * longest + 5)
 
 def starts_of(
-    report: Report,
+    report: Report,  # with parts from `start_all`
 ) -> dict[str, Any]:  # by name a summary of seconds, "rows" and "taken" of the median start, "cold"
     "What `start_all` has measured so far."
     runs = {name: [part["result"] for key, part in report.parts.items()
@@ -188,7 +188,7 @@ print(json.dumps(against_diffusers(Path(model), Path(folder), device, int(side),
 """
 
 def measure_aot(
-    setup: Setup,
+    setup: Setup,  # its scratch or state folder has what was compiled
     only: Sequence[str] = (),  # see `Report`
 ) -> Report:
     "The stage that measures what was compiled; to `aot-cuda.json`, dry to `aot-dry.json`. Raises `ModelError`."
@@ -249,7 +249,7 @@ print(json.dumps({"first use of the device": used - begin, "copy to it": time.pe
 """
 
 def measure_starts(
-    setup: Setup,
+    setup: Setup,  # dry: one turn, on a processor
     only: Sequence[str] = (),  # see `Report`
 ) -> Report:
     "The stage of cold starts; to `coldstart-gpu.json`, dry to `coldstart-dry.json`."

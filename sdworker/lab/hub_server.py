@@ -78,7 +78,7 @@ class Hub:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def commit(self, repository: str) -> str:  # such as "owner/name"
+    def commit(self, repository: str) -> str:  # repository: such as "owner/name"
         "The commit that `main` of a repository is at."
         return self._repositories[repository].commit
 

@@ -49,7 +49,7 @@ def processor_seconds(
 
 def import_times(
     repeat: int = 3,  # counted turns of each pair
-    pairs: Mapping[str, tuple[str, str, dict[str, str]]] = PAIRS,
+    pairs: Mapping[str, tuple[str, str, dict[str, str]]] = PAIRS,  # by name: our code, theirs, and its environment
 ) -> dict[str, dict[str, Any]]:  # by pair: summaries "ours" and "theirs" in seconds, and "ratio" (ours / theirs)
     "Measure processes that import, with and without what saves time. Raises `CalledProcessError` if one fails."
     report = {}
