@@ -2,12 +2,15 @@
 
 import ast
 import configparser
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +145,65 @@ def test_a_module_binds_a_name_once(path):
         elif isinstance(node, ast.Assign):
             names += [target.id for target in node.targets if isinstance(target, ast.Name)]
     assert sorted(names) == sorted(set(names))
+
+
+def definitions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public functions, methods and fields with their qualified names."""
+    for node in body:
+        name = getattr(node, "name", "") or ast.unparse(getattr(node, "target", ast.Name("_")))
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node.body, f"{name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (owner and isinstance(node, ast.AnnAssign)):
+            yield f"{owner}{name}", node
+
+
+def raised(body: list[ast.AST]) -> Iterator[str]:
+    """Names of the exceptions that leave a function; what it catches itself, and a command's exit, are left out."""
+    for node in body:
+        if isinstance(node, ast.Raise) and node.exc:
+            name = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+            yield from [name] if re.fullmatch("[A-Z]\\w+", name) else []
+        elif isinstance(node, ast.Try) and node.handlers:
+            yield from raised([*node.handlers, *node.orelse, *node.finalbody])
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from raised(list(ast.iter_child_nodes(node)))
+
+
+def undocumented(path: Path, protocol: set[str]) -> Iterator[str]:
+    """Parameters, fields and results without a comment on their line, and exceptions that no docstring names."""
+    text = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+
+    def has_comment(node: ast.AST) -> bool:
+        return any(line in commented for line in range(node.lineno, node.end_lineno + 1))
+    for name, node in definitions(ast.parse(text).body):
+        if isinstance(node, ast.AnnAssign):
+            yield from [name] if not has_comment(node) and "description=" not in ast.unparse(node) else []
+            continue
+        if name.partition(".")[2] in protocol:  # `Engine` documents it
+            continue
+        arguments = [argument for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+        yield from (f"{name}({argument.arg})" for argument in arguments if argument.arg not in ("self", "cls")
+                    and not has_comment(argument) and "help=" not in ast.unparse(argument))  # typer's
+        doc = ast.get_docstring(node) or ""
+        if node.returns and not has_comment(node.returns) and (
+                not doc or re.search(r"\b(Any|dict|list|tuple)\b", ast.unparse(node.returns))):
+            yield f"{name} -> {ast.unparse(node.returns)}"
+        yield from (f"{name} raises {error}" for error in raised(node.body) if error not in doc)
+
+
+def test_public_parameters_fields_results_and_exceptions_are_documented():
+    """In a comment on the same line; a result's docstring is enough where its type says the rest."""
+    tree = ast.parse((ROOT / "sdworker" / "engine" / "types.py").read_text(encoding="utf-8"))
+    engine = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Engine")
+    methods = {node.name for node in engine.body if isinstance(node, ast.FunctionDef)}
+    paths = sorted((ROOT / "sdworker").rglob("[!_]*.py"))
+    missing = [f"{path.relative_to(ROOT)}: {name}" for path in paths
+               for name in undocumented(path, set() if path.stem == "types" else methods)]
+    assert not missing, "\n".join(["say what these are, beside them in their notebooks:", *missing])
 
 
 def test_modules_import_nothing_that_only_their_notebook_uses():
