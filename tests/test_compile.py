@@ -16,7 +16,7 @@ from sdworker.embedded.tiny_models import miniature
 from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 from sdworker.engine.pipeline import FamilyEngine
-from sdworker.engine.torch_compile import is_compiled, prepare, use_compile, why_not_compiled
+from sdworker.engine.torch_compile import compile_before_jobs, is_compiled, use_compile, why_not_compiled
 from sdworker.lab.queue_server import run_workers
 from sdworker.serve.image_io import from_data_uri
 
@@ -103,7 +103,8 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
     jobs = [{"prompt": PROMPT}, {"prompt": f"{PROMPT}, with {PROMPT}", "width": 64, "height": 48},
             {"prompt": PROMPT, "image": Image.new("RGB", (64, 48), "red")}]
     plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
-    assert use_compile(engine.pipe, "regional", engine.model) == "" and prepare(engine) and engine.warnings == []
+    assert use_compile(engine.pipe, "regional", engine.model) == ""
+    assert compile_before_jobs(engine) and engine.warnings == []
     assert bool(why_not_compiled("reduce-overhead", engine.model, "cpu", "float32")) == engine.model.family.grows
     assert is_compiled(engine.pipe.transformer)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -167,12 +168,12 @@ def test_one_thread_loads_and_compiles_and_draws(load):
 CACHED = """
 import logging
 from sdworker.core.model_info import EMBEDDED, read_model_info
-from sdworker.engine.torch_compile import is_compiled, prepare, use_compile
+from sdworker.engine.torch_compile import is_compiled, compile_before_jobs, use_compile
 from sdworker.engine.pipeline import FamilyEngine
 logging.basicConfig(level="INFO", format="%(message)s")
 engine = FamilyEngine(read_model_info(EMBEDDED, "embedded"))
 assert use_compile(engine.pipe, "cached", engine.model, most=1) == ""
-prepare(engine)
+compile_before_jobs(engine)
 assert is_compiled(engine.pipe.unet) and not engine.warnings, engine.warnings
 """
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NOTE', 'why_not_compiled', 'use_compile', 'record_cuda_graph', 'RecordedForward', 'compile_denoiser',
            'restore_denoiser', 'is_compiled', 'cache_folder', 'cache_key', 'why_not_cached', 'remove_half_files',
-           'prepare', 'fill_cache']
+           'compile_before_jobs', 'fill_cache']
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #d22ebc21
 import importlib.metadata
@@ -72,8 +72,8 @@ def use_compile(
     offload: str = "none",  # as in the settings
     other: str = "",  # a switch that is on and that compiled code does not have; empty: none
     most: int = 4,  # images in one call
-) -> str:  # for the answer's "warnings"; empty: `prepare` will compile it
-    "Choose how `prepare` compiles a pipeline's denoiser; until then it draws as it is."
+) -> str:  # for the answer's "warnings"; empty: `compile_before_jobs` will compile it
+    "Choose how `compile_before_jobs` compiles a pipeline's denoiser; until then it draws as it is."
     if mode == "off":
         return ""
     if reason := why_not_compiled(mode, model, device, dtype, offload, other, most):
@@ -277,7 +277,7 @@ def _compile(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None
         log.warning("not all of the code was in %s, and was compiled anew; fill it again", cache_folder())
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #f46663da
-def prepare(
+def compile_before_jobs(
     engine: DiffusersEngine,  # after `use_compile`
     batches: Sequence[int] = (1,),  # images in one call
 ) -> float:  # seconds; 0: there is nothing to compile
@@ -311,7 +311,7 @@ def fill_cache(
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    prepare(engine, range(1, most + 1))
+    compile_before_jobs(engine, range(1, most + 1))
     if not is_compiled(getattr(engine.pipe, engine.model.denoiser)):
         raise ModelError(" ".join(engine.warnings) or "nothing here is to be compiled; load with 'regional'.",
                          lasting=True)

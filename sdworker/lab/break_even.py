@@ -25,7 +25,7 @@ from ..core.settings import get_settings
 from ..core.timing import timed, write_result
 from ..engine.build_pipeline import build_pipeline, defaults
 from ..engine.generate import generate
-from ..engine.torch_compile import fill_cache, prepare
+from ..engine.torch_compile import compile_before_jobs, fill_cache
 from .coldstart import OURS, evict, explicit_job, interleaved, libraries
 from .quality import SWITCHES, engine_with
 
@@ -42,7 +42,7 @@ def measure_mode(
     model = read_model_info(EMBEDDED, "embedded")
     engine = (engine_with(SWITCHES[mode], model) if mode in SWITCHES else
               build_pipeline(defaults(compile=mode, max_batch=1), model))
-    seconds = prepare(engine) if mode in COMPILED else 0.0
+    seconds = compile_before_jobs(engine) if mode in COMPILED else 0.0
     if mode == "regional":
         fill_cache(engine, 1)  # for "cached"
     if getattr(engine, "warnings", []):

@@ -148,9 +148,9 @@ def engine_with(
         return AotEngine(model, folder, device)
     engine = build_pipeline(settings, model, device, dtype)
     if settings.compile != "off" and not engine.warnings:
-        from sdworker.engine.torch_compile import prepare
+        from sdworker.engine.torch_compile import compile_before_jobs
 
-        prepare(engine, (1, 4, 10))  # images in one call, of the benchmark and of the gate
+        compile_before_jobs(engine, (1, 4, 10))  # images in one call, of the benchmark and of the gate
     if engine.warnings:
         raise ModelError(" ".join(engine.warnings))
     return engine

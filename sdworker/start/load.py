@@ -217,9 +217,9 @@ def _compile(engine: "Engine", warm: bool) -> None:
     "Compile in this thread, which also draws, so that no later job waits for the compiler."
     if get_settings().compile == "off" or not hasattr(engine, "pipe"):
         return
-    from sdworker.engine.torch_compile import prepare
+    from sdworker.engine.torch_compile import compile_before_jobs
 
-    seconds = prepare(engine, range(1, get_settings().max_batch + 1))
+    seconds = compile_before_jobs(engine, range(1, get_settings().max_batch + 1))
     if seconds and not warm:
         log.info("the first job waited %.0f s for the compiler", seconds)
     LEDGER.lap("compile")
