@@ -127,7 +127,7 @@ def test_pictures_in_half_precision_leave_the_model_as_it_was(pipeline, tmp_path
 
 
 @pytest.mark.parametrize("pipeline", [
-    pytest.param(name, marks=[pytest.mark.slow] * ("Plus" in name))
+    pytest.param(name, marks=pytest.mark.slow)
     for name, family in FAMILIES.items() if family.edits])
 def test_a_picture_is_edited(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny")
