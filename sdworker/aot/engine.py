@@ -135,9 +135,9 @@ def find_aot_package(
     bits: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> tuple[Path | None, str]:  # its folder, or why there is none; empty: nobody has made one
     "Find a compatible AOT package."
-    found = packages_in(places)
-    key, reasons = package_key(model, device, dtype, bits) if found else {}, []
-    for folder in found:
+    folders = packages_in(places)
+    key, reasons = package_key(model, device, dtype, bits) if folders else {}, []
+    for folder in folders:
         if not (reason := incompatibility(folder, key)):
             return folder, ""
         if not (reason == "it was made for another model" and read_json(folder / ABOUT).get("name") != model.name):

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/3_aot/04_export.ipynb #e6e05b44
 def package(
     part: torch.nn.Module,  # is exported, and not changed
-    given: tuple[Any, ...],  # arguments of a call
+    arguments: tuple[Any, ...],  # arguments of a call
     to: Path,  # .pt2
     shapes: Any = None,  # which of their dimensions are left open; None: none
 ) -> Any:  # what was exported: torch.export.ExportedProgram
@@ -56,7 +56,7 @@ def package(
     from torch._inductor import aoti_compile_and_package
 
     with torch.no_grad(), quoted_libraries(), warnings.catch_warnings(action="ignore"):  # of changes to come in torch
-        exported = torch.export.export(part, given, dynamic_shapes=shapes)
+        exported = torch.export.export(part, arguments, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=str(to), inductor_configs=host_options(**_OPTIONS))
     return exported
 
@@ -79,7 +79,7 @@ def why_not_opened(
 def compile_part(
     part: torch.nn.Module,  # is exported, and not changed
     inputs: list[list[Any]],  # of each: dtype and dimensions
-    bounds: dict[str, list[int]],  # of each name: least, most, multiple
+    bounds: dict[str, list[int]],  # of each name: minimum, maximum, multiple
     to: Path,  # .pt2
     device: str = "cpu",  # "cpu" or "cuda"; to compile for
 ) -> dict[str, torch.Tensor]:  # its constants by name: weights, and buffers that are in no file
@@ -99,9 +99,9 @@ def compile_part(
                          "made of it.", lasting=True)
     return {name: tensor for name, tensor in constants.items() if name in used or tensor.numel() <= _FEW}
 
-def _dimension(name: str, least: int, most: int, multiple: int) -> Any:
-    whole = torch.export.Dim(name, min=least // multiple, max=most // multiple)
-    return multiple * whole if multiple > 1 else whole
+def _dimension(name: str, minimum: int, maximum: int, multiple: int) -> Any:
+    dimension = torch.export.Dim(name, min=minimum // multiple, max=maximum // multiple)
+    return multiple * dimension if multiple > 1 else dimension
 
 # %% ../../nbs/3_aot/04_export.ipynb #cc2b97e8
 _FEW = 2**16  # numbers; smaller constants are stored even if unused, so that the pipeline gets complete components

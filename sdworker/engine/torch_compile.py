@@ -213,8 +213,8 @@ def why_not_cached(
         return f"there is no cache in {folder}; `sdworker bake --compile-cache` fills it"
     for name, value in key.items():
         if made.get(name) != value:
-            said = "another one" if name == "denoiser" else f"{made.get(name)}, and here is {value}"
-            return f"the cache in {folder} was made for {name} {said}"
+            difference = "another one" if name == "denoiser" else f"{made.get(name)}, and here is {value}"
+            return f"the cache in {folder} was made for {name} {difference}"
     return ""
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #h4lff1l3
@@ -233,11 +233,11 @@ def remove_half_files(
     folder: Path,  # of the compiler's cache
 ) -> list[Path]:  # what was removed
     "Remove libraries that a compiler had not finished, half a minute ago or earlier."
-    found = [path for path in folder.rglob("*.so") if _abandoned(path)] if sys.platform == "linux" else []
-    for path in found:
+    abandoned = [path for path in folder.rglob("*.so") if _abandoned(path)] if sys.platform == "linux" else []
+    for path in abandoned:
         log.warning("%s is incomplete, since a compiler was stopped; it is compiled anew", path)
         path.unlink(missing_ok=True)
-    return found
+    return abandoned
 
 def _abandoned(path: Path) -> bool:
     try:  # what is newer may be in another compiler's hands

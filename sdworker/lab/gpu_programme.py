@@ -410,7 +410,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     "The command line."
-    usual = Setup()
+    default = Setup()
     top = argparse.ArgumentParser("python -m sdworker.lab.gpu_programme", description="Measure sdworker on a GPU.",
                                   epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
@@ -418,10 +418,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
     one.add_argument("parts", metavar="PART", nargs="*", help="beginnings of names of parts; default: what is missing")
     one.add_argument("--dry", action="store_true", help="in small, on a processor")
-    one.add_argument("--seconds", type=float, default=usual.seconds, help="after which nothing is begun (default: 500)")
+    one.add_argument("--seconds", type=float, default=default.seconds,
+                     help="after which nothing is begun (default: 500)")
     for name, text in {"out": "records of this call", "state": "records of earlier calls",
                        "scratch": "weights, caches and the environment"}.items():
-        one.add_argument(f"--{name}", type=Path, default=getattr(usual, name), help=f"folder for {text}")
+        one.add_argument(f"--{name}", type=Path, default=getattr(default, name), help=f"folder for {text}")
     one = commands.add_parser("collect", help="take the records of a call over into results/")
     one.add_argument("folder", metavar="FOLDER", type=Path)
     one = commands.add_parser("prepare", help="make ready for a machine without a network")
