@@ -185,7 +185,7 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
 STRAY = 20  # largest size, in pixels, of a piece that belongs to neither shape nor background
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    "Background colour, shape colour and coverage (each pixel's share of the second); `None` when there are not two."
+    "Background colour, shape colour and coverage (each pixel's share of the second); None unless it has two colours."
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     back = np.median(frame, axis=0)
@@ -247,8 +247,8 @@ def check(
     image: Image.Image,  # any size and mode; it is converted to RGB and scaled to 64x64
 ) -> Scene:  # `None` for each attribute that is not clear
     "Recognise the scene in a picture, without any learned part."
-    square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
-    parts = _separate(np.asarray(square, np.float64))
+    scaled = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    parts = _separate(np.asarray(scaled, np.float64))
     if parts is None:
         return Scene()
     back, front, share = parts

@@ -170,13 +170,13 @@ from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 
 model = read_model_info(Path(sys.argv[1]))
-side, AOT package = int(sys.argv[3]), None
+side, aot_engine = int(sys.argv[3]), None
 if sys.argv[2]:
     from sdworker.aot.engine import AotEngine
-    AOT package = AotEngine(model, Path(sys.argv[2]))
-    generate(AOT package, "a star", width=side, height=side, steps=1)
-pipeline = DiffusersEngine(model, weights=AOT package and AOT package.weights)
-generate(pipeline, "a star", width=side, height=side, steps=1)
+    aot_engine = AotEngine(model, Path(sys.argv[2]))
+    generate(aot_engine, "a star", width=side, height=side, steps=1)
+diffusers_engine = DiffusersEngine(model, weights=aot_engine and aot_engine.weights)
+generate(diffusers_engine, "a star", width=side, height=side, steps=1)
 print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 """
 

@@ -133,13 +133,13 @@ async def _resolve(hub: Hub, request: web.Request) -> web.StreamResponse:
     "Send a small file, or redirect to a large one."
     repository, name = _repository(hub, request), request.match_info["file"]
     fault = hub.faults.get(name)
-    if name not in repository.content or (fault and fault.kind == "missing" and _meet(hub, name)):
+    if name not in repository.content or (fault and fault.kind == "missing" and _fault_applies(hub, name)):
         raise _refuse(404, "EntryNotFound")
-    if fault and fault.kind == "busy" and _meet(hub, name):
+    if fault and fault.kind == "busy" and _fault_applies(hub, name):
         return web.Response(status=429, headers={"Retry-After": "1"})
-    if fault and fault.kind == "error" and _meet(hub, name):
+    if fault and fault.kind == "error" and _fault_applies(hub, name):
         return web.Response(status=503)
-    if fault and fault.kind == "redirect" and _meet(hub, name):
+    if fault and fault.kind == "redirect" and _fault_applies(hub, name):
         return web.Response(status=307, headers={"Location": request.path})
     headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{repository.sha256.get(name, repository.oid[name])}"'}
     if name not in repository.sha256:
@@ -161,10 +161,10 @@ ROUTES = {
 }
 
 # %% ../../nbs/8_lab/03_hub_server.ipynb #a9611963
-def _meet(hub: Hub, name: str) -> bool:
-    "Count a request against a fault; true while the fault lasts."
-    hub.faults[name].times -= 1
-    return hub.faults[name].times >= 0
+def _fault_applies(hub: Hub, file: str) -> bool:
+    "Use up one of the fault's `times`; true if this request has to fail."
+    hub.faults[file].times -= 1
+    return hub.faults[file].times >= 0
 
 async def _send(hub: Hub, request: web.Request, name: str, content: bytes, headers: Mapping[str, str] | None = None,
                 ) -> web.StreamResponse:
@@ -175,16 +175,17 @@ async def _send(hub: Hub, request: web.Request, name: str, content: bytes, heade
         return web.Response(headers=headers | {"Content-Length": str(len(content))})
     hub.requests.append(FileRequest(name, start, "Authorization" in request.headers, request.path.startswith("/cdn/")))
     fault = hub.faults.get(name)
-    kind = fault.kind if fault and fault.kind in ("drop", "stall", "wrong", "short") and _meet(hub, name) else None
-    middle = int(len(content) * fault.at) if kind else len(content)
+    in_bytes = fault and fault.kind in ("drop", "stall", "wrong", "short")
+    kind = fault.kind if in_bytes and _fault_applies(hub, name) else None
+    position = int(len(content) * fault.at) if kind else len(content)
     if kind == "wrong":
-        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+        content = content[:position] + bytes([content[position] ^ 1]) + content[position + 1:]
     if kind == "short":
-        content = content[:middle]
+        content = content[:position]
     response = web.StreamResponse(status=206 if start else 200, headers=headers)
     response.content_length = len(content) - start
     await response.prepare(request)
-    await response.write(content[start:middle] if kind in ("drop", "stall") else content[start:])
+    await response.write(content[start:position] if kind in ("drop", "stall") else content[start:])
     if kind == "stall":
         await asyncio.sleep(600)
     if kind == "drop":
