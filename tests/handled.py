@@ -15,7 +15,7 @@ import json, logging, sys
 from sdworker.serve.handler import handler
 logging.basicConfig(level="INFO", format="%(message)s")
 jobs = json.load(sys.stdin)
-json.dump({name: handler({"id": name, "input": given}) for name, given in jobs.items()}, sys.stdout)
+json.dump({name: handler({"id": name, "input": payload}) for name, payload in jobs.items()}, sys.stdout)
 heavy = ("torchao", "peft", "diffusers", "xformers", "torch._dynamo")
 print("imported:", *(name for name in heavy if name in sys.modules), file=sys.stderr)
 """
@@ -28,8 +28,9 @@ def pixels(answer: dict) -> list[np.ndarray]:
 
 def handled(model: Path | str, jobs: dict[str, dict], before: str = "", **environment: str) -> tuple[dict, str]:
     "Answers of a worker's handler in a process of its own, by the jobs' names, and its log; before: code to run first."
-    asked = {name: {"prompt": "a red star", "seed": 7} | given for name, given in jobs.items()}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", before + WORKER], input=json.dumps(asked), text=True,
-                          capture_output=True, env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
+    payloads = {name: {"prompt": "a red star", "seed": 7} | payload for name, payload in jobs.items()}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", before + WORKER], input=json.dumps(payloads),
+                          text=True, capture_output=True,
+                          env=os.environ | {"SDWORKER_MODEL": str(model)} | environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout), done.stderr

@@ -36,21 +36,21 @@ LORA = {f"{LAYER}.lora_A.weight": torch.full((1, 96), 2.0), f"{LAYER}.lora_B.wei
 
 
 @pytest.fixture(scope="module")
-def usual():
+def expected():
     """The plain picture, drawn by a worker that nobody asked for anything else."""
     answers, log = handled("embedded", PLAIN)
     assert answers["plain"]["warnings"] == [] and "imported: diffusers\n" in log, "neither torchao nor peft"
     return pixels(answers["plain"])[0]
 
 
-@pytest.mark.parametrize(("setting", "value", "said"), [
+@pytest.mark.parametrize(("setting", "value", "warning"), [
     ("QUANTIZE", "int8", ""), ("QUANTIZE", "denoiser=int8,text_encoder_2=int8", ""),
     ("QUANTIZE", "nf4", "nf4 needs a CUDA device"), ("STEP_CACHE", "2", ""), ("STEP_CACHE", "1", "")])
-def test_a_switch_is_used_or_says_why_not(setting, value, said, usual):
+def test_a_switch_is_used_or_says_why_not(setting, value, warning, expected):
     answers, log = handled("embedded", PLAIN, **{f"SDWORKER_{setting}": value})
-    assert said in " ".join(answers["plain"]["warnings"]) and bool(answers["plain"]["warnings"]) == bool(said)
-    distance = psnr(pixels(answers["plain"])[0], usual)
-    assert distance > 25 and (distance == float("inf")) == (bool(said) or value == "1")
+    assert warning in " ".join(answers["plain"]["warnings"]) and bool(answers["plain"]["warnings"]) == bool(warning)
+    distance = psnr(pixels(answers["plain"])[0], expected)
+    assert distance > 25 and (distance == float("inf")) == (bool(warning) or value == "1")
     imported = log.rpartition("imported:")[2]
     assert ("torchao" in imported) == (setting == "QUANTIZE") and "peft" not in imported
 
@@ -69,24 +69,24 @@ def test_a_transformer_in_eight_bits(tmp_path):
 def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_job_that_failed(tmp_path):
     engine = FamilyEngine(read_model_info(miniature("FluxPipeline", tmp_path / "flux")))
     assert use_step_cache(engine, 2) == ""
-    usual = generate(engine, "a red star", seed=7, steps=8).pictures[0].image
-    assert generate(engine, "a red star", seed=7, steps=8, image=usual).pictures
+    expected = generate(engine, "a red star", seed=7, steps=8).pictures[0].image
+    assert generate(engine, "a red star", seed=7, steps=8, image=expected).pictures
 
     def stop(done, total):
         if done == 4:
             raise KeyError("stopped")
     with pytest.raises(KeyError):
         generate(engine, ["a blue star"] * 2, seed=8, steps=8, on_step=stop)
-    assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == usual.tobytes()
+    assert generate(engine, "a red star", seed=7, steps=8).pictures[0].image.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("family", ["FluxPipeline", "QwenImagePipeline"])  # diffusers has none for SD 3.5
 def test_a_step_cache_of_a_transformer_draws_a_likeness(family, tmp_path):
-    model, asked = read_model_info(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7,
+    model, fields = read_model_info(miniature(family, tmp_path / "model")), {"prompt": "a red star", "seed": 7,
                                                                             "steps": 12}
     plain, kept = FamilyEngine(model), FamilyEngine(model)
     assert use_step_cache(kept, 2) == ""
-    distance = psnr(*(generate(engine, **asked).pictures[0].image for engine in (plain, kept)))
+    distance = psnr(*(generate(engine, **fields).pictures[0].image for engine in (plain, kept)))
     assert SWITCHES["step cache: 2"].min_psnr < distance < float("inf")
 
 
@@ -136,13 +136,14 @@ def test_a_lora_that_no_layer_is_for_is_refused(family, why, tmp_path):
         add_lora(pipe, path)
 
 
-def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
+def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, expected):
     folder = with_refiner(tmp_path / "model")
     (folder / "loras").mkdir()
     save_file(LORA, folder / "loras" / "one.safetensors")
-    asked = PLAIN["plain"]
-    jobs = {"refined": asked, "unwanted": asked | {"negative_prompt": "green"}, "base": asked | {"refiner_start": 1.0},
-            "end": asked | {"refiner_start": 0.8, "guidance_stop": 0.5}, "ended": asked | {"guidance_stop": 0.5}}
+    fields = PLAIN["plain"]
+    jobs = {"refined": fields, "unwanted": fields | {"negative_prompt": "green"},
+            "base": fields | {"refiner_start": 1.0},
+            "end": fields | {"refiner_start": 0.8, "guidance_stop": 0.5}, "ended": fields | {"guidance_stop": 0.5}}
     answers, log = handled(folder, jobs)
     assert "LoRA one.safetensors: 1 layers, scale 1" in log and "stubs" not in log
     assert log.rpartition("imported:")[2].split() == ["peft", "diffusers"], "and not the compiler"
@@ -151,11 +152,11 @@ def test_loras_and_a_refiner_that_were_baked_take_part(tmp_path, usual):
     assert answers["end"]["error"].startswith("refiner_start is 0.8: it is for a model with a refiner")
     assert (pixels(answers["ended"])[0] != base).any() and answers["ended"]["warnings"] == [], "the base draws alone"
     without, _ = handled(folder, {"base": jobs["base"]}, SDWORKER_LORA_SCALE="0")
-    assert psnr(pixels(without["base"])[0], usual) > 50 > psnr(base, usual)
+    assert psnr(pixels(without["base"])[0], expected) > 50 > psnr(base, expected)
 
 
 @pytest.mark.slow
-def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
+def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, expected):
     save_file(LORA, tmp_path / "style.safetensors")
     (style := tmp_path / "style").mkdir()
     (tmp_path / "style.safetensors").rename(style / "style.safetensors")
@@ -163,18 +164,18 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, usual):
         addons = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
         command = [sys.executable, "-m", "sdworker.cli.main", "bake", "shapes/embedded", "--addons", addons, "--to"]
         here = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
-        beside, fused = tmp_path / "beside", tmp_path / "fused"
-        for more in ([beside], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):
+        adapters, fused = tmp_path / "beside", tmp_path / "fused"
+        for more in ([adapters], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):
             done = subprocess.run([*command, *more], env=here, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         assert "with LoRAs fused at scale 1" in done.stdout
     assert verify(fused) and read_manifest(fused)["fused"]["loras"][0]["repository"] == "owner/style"
     drawn, log = handled(fused, PLAIN)
-    adapter, _ = handled(beside, PLAIN)
+    adapter, _ = handled(adapters, PLAIN)
     assert "peft" not in log.rpartition("imported:")[2] and drawn["plain"]["warnings"] == []
     drawn, adapter = (pixels(answers["plain"])[0] for answers in (drawn, adapter))
-    assert psnr(drawn, adapter) > 50 > psnr(drawn, usual)
-    models = [read_model_info(folder) for folder in (beside, fused)]
+    assert psnr(drawn, adapter) > 50 > psnr(drawn, expected)
+    models = [read_model_info(folder) for folder in (adapters, fused)]
     assert [unsupported_by_aot(defaults(), model) != "" for model in models] == [True, False], "compiled code may draw"
     assert package_key(models[1])["model"] == package_key(read_model_info(EMBEDDED))["model"], (
         "any that fits the plain model")
@@ -220,11 +221,11 @@ def on_gpu(monkeypatch):
     """The networks that hooks have on the GPU at each call of one, by the hooks' own rule."""
     now, moments = [], []
 
-    def comes(hook, network, *given, **named):
+    def comes(hook, network, *inputs, **named):
         leaves = hook.prev_module_hook and hook.prev_module_hook.model
         now[:] = [one for one in now if one is not leaves and one is not network] + [network]
         moments.append(list(now))
-        return given, named
+        return inputs, named
 
     def goes(hook, network):
         now[:] = [one for one in now if one is not network]
@@ -261,12 +262,13 @@ def test_an_offloaded_model_draws_the_same_from_noise_and_from_pictures_and_in_t
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))  # as SDXL's own
     model, dtype = read_model_info(folder), "float16"
-    whole = build_pipeline(defaults(vae_decode="tiled"), model, dtype=dtype)
+    resident = build_pipeline(defaults(vae_decode="tiled"), model, dtype=dtype)
     moved = offloaded(model, dtype, vae_decode="tiled", offload=offload)
     picture = Image.new("RGB", (64, 64), "red")
-    for asked in ({}, {"image": picture}, {"image": picture, "mask_image": Image.new("L", (64, 64), 255)}, {"n": 2}):
-        usual, same = (generate(engine, "a red star", seed=7, steps=10, **asked).pictures for engine in (whole, moved))
-        assert all(psnr(one.image, other.image) > 50 for one, other in zip(usual, same, strict=True)), asked
+    for fields in ({}, {"image": picture}, {"image": picture, "mask_image": Image.new("L", (64, 64), 255)}, {"n": 2}):
+        pairs = zip(*(generate(engine, "a red star", seed=7, steps=10, **fields).pictures
+                      for engine in (resident, moved)), strict=True)
+        assert all(psnr(one.image, other.image) > 50 for one, other in pairs), fields
         assert moved.pipe.vae.dtype == torch.float32, "half precision overflows there"
     networks = (moved.pipe.unet, moved.refine.pipe.unet, moved.pipe.vae)
     assert all(network._hf_hook for network in networks)

@@ -74,8 +74,8 @@ def test_a_worker_draws_with_the_aot_engine_and_hands_over_what_that_cannot_do(p
     for name in ("small", "smaller"):
         answer = worker_run.answers[name]["output"]
         assert from_data_uri(answer["images"][0]).size == (24, 24)
-        assert any(said.startswith("Drawn by the diffusers engine, not the AOT engine: width is 24, and the AOT "
-                                   "engine draws 32 to 2048, in steps of 8.") for said in answer["warnings"])
+        assert any(text.startswith("Drawn by the diffusers engine, not the AOT engine: width is 24, and the AOT "
+                                   "engine draws 32 to 2048, in steps of 8.") for text in answer["warnings"])
     assert worker_run.log.count("the diffusers engine draws such requests") == 1, "said once"
     pipeline = generate(DiffusersEngine(MODEL), PROMPT, width=24, height=24, steps=2, seed=7).pictures[0].image
     ours = from_data_uri(worker_run.answers["small"]["output"]["images"][0])
@@ -138,8 +138,8 @@ def test_what_is_being_made_is_not_looked_at(copy):
 def test_a_worker_that_must_have_a_package_ends_without_one(tmp_path):
     worker_run = run_workers(OURS, [job("first")], {"SDWORKER_AOT_DIR": str(tmp_path), "SDWORKER_ENGINE": "aot"},
                              stop=False)
-    said = worker_run.answers["first"]["error"]
-    assert said.startswith("SDWORKER_ENGINE is 'aot', and there is none in ") and "sdworker bake --aot" in said
+    text = worker_run.answers["first"]["error"]
+    assert text.startswith("SDWORKER_ENGINE is 'aot', and there is none in ") and "sdworker bake --aot" in text
     assert worker_run.code == 1
 
 
@@ -168,8 +168,8 @@ import json, sys
 import sdworker.start.timeline
 import sdworker.serve.handler
 respond = sdworker.serve.handler.respond
-def and_list(given):
-    answer = respond(given)
+def and_list(payload):
+    answer = respond(payload)
     modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
     return answer | {"modules": modules}
 sdworker.serve.handler.respond = and_list
@@ -213,7 +213,7 @@ def test_fifty_requests_out_of_range_get_a_sentence(package):
 ANSWERS = """
 import json, sys
 from sdworker.serve.handler import handler
-print(json.dumps([handler({"id": "one", "input": given}) for given in json.load(sys.stdin)]))
+print(json.dumps([handler({"id": "one", "input": payload}) for payload in json.load(sys.stdin)]))
 """
 
 
@@ -231,8 +231,8 @@ def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(package):
                           capture_output=True, text=True, check=True)
     *answers, right = json.loads(done.stdout)
     for fields, answer in zip(wrong, answers, strict=True):
-        said = answer.get("error", "")
-        assert any(name in said for name in fields) and len(said) < 300, (fields, answer)
+        text = answer.get("error", "")
+        assert any(name in text for name in fields) and len(text) < 300, (fields, answer)
     assert all(judge(from_data_uri(right["images"][0]), PROMPT).values())
 
 
@@ -257,8 +257,8 @@ def test_the_compiled_parts_are_never_called_with_what_they_were_not_made_for(pa
 
 def test_a_hundred_pairs_are_drawn_the_same(package):
     """By four samplers, at three sizes and one that is not square; results/aot.json holds 700."""
-    found = same_pictures(AotEngine(MODEL, package), DiffusersEngine(MODEL), 15)
-    assert found["passed"] and found["pairs"] >= 100, found
+    result = same_pictures(AotEngine(MODEL, package), DiffusersEngine(MODEL), 15)
+    assert result["passed"] and result["pairs"] >= 100, result
 
 
 @pytest.mark.timeout(1200)

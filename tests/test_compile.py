@@ -136,9 +136,9 @@ def drawn(module, call):
     print("graphs", record, flush=True)
     print("seen", f"batch-{len(call[0])}", threading.get_ident(), flush=True)
 
-def watched(*given, **more):
+def watched(*arguments, **more):
     print("seen load", threading.get_ident(), flush=True)
-    engine = build_pipeline(*given, **more)
+    engine = build_pipeline(*arguments, **more)
     engine.pipe.unet.register_forward_pre_hook(drawn)
     import torch
     compiler = torch.compile  # of which the first half, that traces, is enough here

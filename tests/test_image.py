@@ -40,13 +40,13 @@ LAYER_BYTES = 3_000_000  # small, so that the denoiser is cut
 def stages() -> dict[str, dict[str, str]]:
     """What ENV sets in each stage of the Dockerfile."""
     lines = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
-    found = {}
+    variables = {}
     for word, rest in re.findall(r"^(FROM|ENV) (.+)$", lines, re.M):
         if word == "FROM":
-            stage = found.setdefault(rest.split()[-1], {})
+            stage = variables.setdefault(rest.split()[-1], {})
         else:
             stage |= dict(re.findall(r"(\w+)=(\S*)", rest))
-    return found
+    return variables
 
 
 @pytest.mark.parametrize(("stage", "when"), [("bake", "build"), ("worker", "run")])
@@ -152,10 +152,10 @@ def build(folder: Path, log: Path, token: Path, tag: str = IMAGE, **arguments: s
     """Build a folder's Dockerfile; the exit code."""
     arguments |= {"BASE_IMAGE": BASE, "REQUIREMENTS": ".runpod/here-worker.lock", "MODEL_ID": MODEL,
                   "TEST_REQUIREMENTS": ".runpod/here-tests.lock", "PIP_FIND_LINKS": "/wheels", "PIP_NO_INDEX": "1"}
-    given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
+    options = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     with log.open("w") as stream:
         return buildah("bud", "--layers", "--format=docker", f"--tag={tag}", f"--secret=id=hf_token,src={token}",
-                       f"--volume={KEPT / 'wheels'}:/wheels:ro", *given, folder,
+                       f"--volume={KEPT / 'wheels'}:/wheels:ro", *options, folder,
                        check=False, capture_output=False, stdout=stream, stderr=subprocess.STDOUT).returncode
 
 
@@ -256,7 +256,7 @@ def test_it_compiles_from_the_cache_that_was_filled_in_the_build(image, hub, loc
 
 @pytest.mark.image
 def test_the_model_is_what_the_hub_has(container, hub, tmp_path):
-    assert {asked.file for asked in hub.requests if asked.cdn} == {str(Path(path).relative_to(EMBEDDED))
+    assert {request.file for request in hub.requests if request.cdn} == {str(Path(path).relative_to(EMBEDDED))
                                                                for path in EMBEDDED.rglob("*.safetensors")}
     report = json.loads(inside(container, "sdworker", "verify", "/model", "--json").stdout)
     assert (report["repository"], report["revision"]) == (MODEL, hub.commit(MODEL))
@@ -280,13 +280,15 @@ def test_one_byte_less_is_noticed(container):
 
 @pytest.mark.image
 def test_the_image_says_how_it_is_run(container, image):
-    given = dict(line.split("=", 1) for line in image["Env"])
-    assert environment("run").items() <= given.items()
-    assert (given["SDWORKER_MODEL"], given["SDWORKER_OFFLINE"], given["HF_HUB_OFFLINE"]) == (MODEL, "1", "1")
+    variables = dict(line.split("=", 1) for line in image["Env"])
+    assert environment("run").items() <= variables.items()
+    ours = [variables[name] for name in ("SDWORKER_MODEL", "SDWORKER_OFFLINE", "HF_HUB_OFFLINE")]
+    assert ours == [MODEL, "1", "1"]
     assert (image["Cmd"], image["StopSignal"]) == (["sdworker", "start"], "SIGTERM")
     assert image["Healthcheck"]["Test"] == ["CMD", "sdworker", "verify", "--quick"]
     assert inside(container, *image["Healthcheck"]["Test"][1:]).stdout == "/model is whole at a quick look\n"
-    assert all((container[1] / given[name].strip("/")).is_dir() for name in environment("run") if "VOLUME" not in name)
+    folders = [variables[name].strip("/") for name in environment("run") if "VOLUME" not in name]
+    assert all((container[1] / folder).is_dir() for folder in folders)
 
 
 @pytest.mark.image

@@ -50,10 +50,10 @@ import os, time
 os.register_at_fork(before=lambda: print("forked with threads:", len(os.listdir("/proc/self/task")), flush=True))
 import sdworker.serve.handler, sdworker.start.load
 place = sdworker.start.load.place
-def slowly(*asked):  # in the loading thread, in the middle of the imports
+def slowly(*arguments):  # in the loading thread, in the middle of the imports
     print("loading began", flush=True)
     time.sleep(4)
-    return place(*asked)
+    return place(*arguments)
 sdworker.start.load.place = slowly
 sdworker.serve.handler.start()
 """

@@ -69,14 +69,14 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize(("environment", "said"), [
+@pytest.mark.parametrize(("environment", "message"), [
     ({"SDWORKER_MODLE": "embedded"}, "did you mean SDWORKER_MODEL?"),
     ({"SDWORKER_MAX_STEPS": "many"}, "SDWORKER_MAX_STEPS is 'many'"),
     ({"SDWORKER_MODEL": "/no/such/folder"}, "there is no such folder"),
 ])
-def test_a_wrong_setting_ends_the_start_with_one_sentence(environment, said):
+def test_a_wrong_setting_ends_the_start_with_one_sentence(environment, message):
     done = cli("serve", "--port", str(free_port()), **environment)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
 HANDLER = Path(__file__).parent.parent / ".runpod" / "handler.py"
@@ -99,7 +99,7 @@ def test_handler_file_names_a_wrong_setting():
     assert done.returncode == 1 and done.stderr.startswith("sdworker: SDWORKER_DTYPE is 'float8'")
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["generate", "x", "--width", "100"], "width is 100: should be a multiple of 8"),
     (["generate", ""], "prompt should not be empty"),
     (["generate", "x", "-n", "many"], "Input should be a valid integer"),
@@ -108,9 +108,9 @@ def test_handler_file_names_a_wrong_setting():
     (["coldstart", "--repeat", "0"], "greater than or equal to 1"),
     (["coldstart", "--against", "us"], "'us' is not one of 'naive'"),
 ])
-def test_wrong_arguments_are_named(arguments, said):
+def test_wrong_arguments_are_named(arguments, message):
     done = cli(*arguments, COLUMNS="200")
-    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured():

@@ -79,8 +79,8 @@ def state(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_keeps_to_what_it_promises(name):
-    found = verdict(built(name), SWITCHES[name])
-    assert found.passed, found
+    result = verdict(built(name), SWITCHES[name])
+    assert result.passed, result
 
 
 @pytest.mark.parametrize("name", [
@@ -108,7 +108,7 @@ def test_the_gate_finds_attention_that_is_a_tenth_too_weak(share):
     with patch("sdworker.engine.attention._missing", return_value=""), \
             patch.dict(kernels, {AttentionBackendName.XFORMERS: plain_kernel}):
         engine = built(name)
-    with patch.dict(kernels, {AttentionBackendName.XFORMERS: lambda **given: share * plain_kernel(**given)}):
+    with patch.dict(kernels, {AttentionBackendName.XFORMERS: lambda **arguments: share * plain_kernel(**arguments)}):
         assert verdict(engine, SWITCHES[name]).passed == (share == 1)
 
 
@@ -118,8 +118,8 @@ def test_the_gate_finds_slices_that_leave_one_out():
 
     engine, whole = built("attention: sliced"), SlicedAttnProcessor.__call__
 
-    def one_short(self, attn, hidden_states, *given, **more):
-        made = whole(self, attn, hidden_states, *given, **more).clone()
+    def one_short(self, attn, hidden_states, *arguments, **more):
+        made = whole(self, attn, hidden_states, *arguments, **more).clone()
         made[:, -1] = 0
         return made
     with patch.object(SlicedAttnProcessor, "__call__", one_short):
@@ -156,9 +156,9 @@ def test_the_gate_finds_another_number_in_a_table():
     ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_stop": 0})])
 def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     switch = SWITCHES[name]
-    found = compare_to_baseline(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(),
+    result = compare_to_baseline(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(),
                                 switch.min_psnr)
-    assert not found.passed, found
+    assert not result.passed, result
 
 
 @pytest.mark.slow
@@ -237,8 +237,8 @@ Path(record).write_text(json.dumps(rows))
 
         def begin(minutes, call=call, begun=begun):
             begun.append(minutes)  # the second process begins after the call's end
-            given = [call, *((20, 0) if len(begun) == 1 else (-1, 1500)), str(part), str(record)]
-            return subprocess.Popen([sys.executable, "-c", script, json.dumps(given)])
+            arguments = [call, *((20, 0) if len(begun) == 1 else (-1, 1500)), str(part), str(record)]
+            return subprocess.Popen([sys.executable, "-c", script, json.dumps(arguments)])
         assert supervise(begin, part, 20) == (call == 3)
         assert call == 3 or (len(begun) == 2 and json.loads(part.read_text())["failed"] == {})
     assert json.loads(record.read_text()) == {"first of call 3": 1, "slow": 2}

@@ -73,7 +73,7 @@ def why_not_opened(
         return ""
     last = f"signal {-ended.returncode}" if ended.returncode < 0 else (ended.stderr.strip().splitlines() or [""])[-1]
     return (f"{path.stem} was compiled, and the process that opens it ends with {last}; torch {torch.__version__} "
-            "cannot use compiled code here, so let the pipeline draw.")
+            "cannot use compiled code here, so let the diffusers engine draw.")
 
 # %% ../../nbs/3_aot/04_export.ipynb #fcde0826
 def compile_part(

@@ -219,7 +219,7 @@ def worker(
     outputs = {job: answer.get("output") or {"error": answer.get("error")} for job,
                answer in worker_run.answers.items()}
     drawn = {job: output for job, output in outputs.items() if output.get("images")}
-    beside = [worker_run.seconds[job] - worker_run.taken[job] - sum(output["timings"][name] for name in DRAWING)
+    overheads = [worker_run.seconds[job] - worker_run.taken[job] - sum(output["timings"][name] for name in DRAWING)
               for job, output in drawn.items() if job != "job-0"]
     warnings = sorted({text for output in drawn.values() for text in output.get("warnings", ())})
     used = not any(name in text for name in environment for text in warnings)  # else a warning gives the reason
@@ -228,7 +228,7 @@ def worker(
             "warnings": warnings, "timings": {job: output["timings"] for job, output in drawn.items()},
             "first answer": worker_run.seconds.get("job-0"), "exit code": worker_run.code,
             "log": worker_run.log[-3000:],
-            "beside drawing": statistics.median(beside) if beside else None}
+            "beside drawing": statistics.median(overheads) if overheads else None}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00031
 def doctor(

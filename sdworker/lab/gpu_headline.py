@@ -297,9 +297,9 @@ def job_overhead(
         raise ChildProcessError(f"not all jobs were answered: {worker_run.log[-1500:]}")
     rows = {}
     for job in (one["id"] for one in jobs[1:]):
-        timings, whole = worker_run.answers[job]["output"]["timings"], worker_run.seconds[job] - worker_run.taken[job]
+        timings, total = worker_run.answers[job]["output"]["timings"], worker_run.seconds[job] - worker_run.taken[job]
         drawing = sum(timings[stage] for stage in DRAWING)
-        rows[job] = {"whole": whole, "in the worker": timings["total"], "beside drawing": whole - drawing}
+        rows[job] = {"whole": total, "in the worker": timings["total"], "beside drawing": total - drawing}
     return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))
             for form in ("png", "jpeg")} | {"jobs": rows}
 
