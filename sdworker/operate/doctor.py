@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import sdworker
 from ..aot.selection import select_engine, unsupported_by_aot
-from ..build.cache_dirs import usable_caches
+from ..build.cache_dirs import prepare_cache_folders
 from ..build.locate import locate
 from ..core.families import UNKNOWN
 from ..core.model_info import ModelError
@@ -33,7 +34,7 @@ def caches(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
     "Check that the folders of the cache variables can be written."
-    warnings = usable_caches()
+    warnings = prepare_cache_folders()
     if warnings:
         return Finding("caches", "warn", " ".join(warnings),
                        "Make the folder writable, or name another; the replacement is lost with the container.")
@@ -235,7 +236,7 @@ def aot(
     try:
         selection = select_engine(settings, model, *place(settings, model.family.gpu_dtype))
     except ModelError as error:
-        return Finding("aot", "fail", str(error), "SDWORKER_ENGINE=auto draws with the pipeline instead.")
+        return Finding("aot", "fail", str(error), "SDWORKER_ENGINE=auto draws with diffusers instead.")
     if selection.folder:
         return ok("aot", f"{selection.folder} fits.")
     if reason := unsupported_by_aot(settings, model):
@@ -273,8 +274,7 @@ def clock(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
     "Compare the clock with the bucket's, or else with the times of this package's files."
-    files = Path(__file__).parent.glob("*.py") if "__file__" in globals() else ()
-    installed = max((path.stat().st_mtime for path in files), default=0)
+    installed = max(path.stat().st_mtime for path in Path(sdworker.__file__).parent.rglob("*.py"))
     offset = min(time.time() - installed, 0.0)
     if not set_and_unset(BUCKET)[1]:
         try:
