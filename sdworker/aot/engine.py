@@ -66,7 +66,7 @@ LAYOUT = 2  # version of an AOT package's files
 MOST_IMAGES, MOST_SIDE = 16, 2048  # in one call; pixels
 
 def ranges(
-    model: ModelInfo,  # its files are hashed  # the model's family and folder
+    model: ModelInfo,  # the model's family and folder
 ) -> dict[str, list[int]]:  # minimum and maximum of "images", "side" and "steps"; of sides also the multiple
     "The requests that an AOT package supports: images in a call, width and height in pixels, denoising steps."
     unit, max_size_px, denoiser = model.multiple, MOST_SIDE, model.folder / model.denoiser / "config.json"

@@ -59,7 +59,7 @@ class AddOn:
 def parse_addons(
     text: str,  # as in SDWORKER_ADDONS
 ) -> list[AddOn]:  # in the order of the text
-    "Parse the list of extras; raises `ModelError` that names the wrong entry."
+    "Parse the list of add-ons; raises `ModelError` that names the wrong entry."
     addons = []
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         match = re.fullmatch(r"(\w+)=([\w.-]+/[\w.-]+)@([0-9a-f]{40})(?::([\w./-]+))?", entry)

@@ -214,12 +214,12 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str
 # %% ../../nbs/9_cli/02_main.ipynb #dbd74e5e
 def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
     "Compile a model; returns its AOT package's folder, size in bytes and lowest PSNR in dB."
-    from sdworker.build.cache_dirs import aot_dirs, usable_caches
+    from sdworker.build.cache_dirs import aot_dirs, prepare_cache_folders
     from sdworker.core.model_info import read_json
 
     with plain_errors(), _of_steps(shown) as on_progress:
-        for moved in usable_caches():
-            typer.echo(f"sdworker: {moved}", err=True)
+        for warning in prepare_cache_folders():
+            typer.echo(f"sdworker: {warning}", err=True)
         from sdworker.aot.export import export_package
 
         settings, model_info, place = _to_compile(model, name, device)
@@ -232,7 +232,7 @@ def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) 
     return report
 
 def _to_compile(model: Path | None, name: str | None, device: str | None):
-    "Return the settings, the model's GPU, and its device and number format."
+    "Return the settings, the model's information, its device and its number format."
     from sdworker.build.locate import locate_or_download
     from sdworker.core.model_info import read_model_info
     from sdworker.engine.few_step import with_preset
@@ -298,17 +298,17 @@ def verify(
 # %% ../../nbs/9_cli/02_main.ipynb #fbdee093
 def _verified(folder: Path | None, quick: bool, on_progress) -> dict:
     "Verify a folder, or the model of the settings."
-    from sdworker.build.cache_dirs import usable_caches
+    from sdworker.build.cache_dirs import prepare_cache_folders
     from sdworker.build.locate import locate
     from sdworker.build.manifest import MANIFEST, verify
 
     if folder:
         return verify(folder, quick, on_progress)
-    usable_caches()  # as the worker does, so that both look in the same places
+    prepare_cache_folders()  # as the worker does, so that both look in the same places
     location = locate(get_settings())
     if not location:
         return {"folder": None, "quick": quick}
-    if quick and not (location.folder / MANIFEST).exists():  # `find` has checked the files
+    if quick and not (location.folder / MANIFEST).exists():  # `locate` has checked the files
         return {"folder": str(location.folder), "quick": True}
     return verify(location.folder, quick, on_progress)
 

@@ -77,7 +77,7 @@ def coldstart(
 
         sdworker coldstart
 
-        sdworker coldstart --against naive --engine AOT package --repeat 7 --json
+        sdworker coldstart --against naive --engine aot --repeat 7 --json
 
         SDWORKER_LOAD=lazy sdworker coldstart --plot lazy.svg
     """
@@ -115,7 +115,7 @@ def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool,
 @app.command()
 def bench(
     suite: Annotated[Literal["cpu", "gpu"], typer.Option(help=(
-        "cpu: the embedded model, eight minutes on two cores; gpu: SDXL's shapes with random weights."))] = "cpu",
+        "cpu: the embedded model, eight minutes on two cores; gpu: SDXL's architecture with random weights."))] = "cpu",
     to: Annotated[Path, typer.Option(help="Folder of the record, and of what a run that was cut off has done.")
                   ] = Path("results"),
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the gpu suite; default: cuda.")] = None,

@@ -104,7 +104,7 @@ def read_model_info(
     folder: Path,  # in diffusers' layout
     name: str | None = None,  # as the user named the model; default: the folder's name
 ) -> ModelInfo:  # with defaults from the folder's own sdworker.json, if it has one
-    "Read a model's GPU from its configuration files; raises `ModelError`."
+    "Read what is known of a model from its configuration files; raises `ModelError`."
     index = folder / "model_index.json"
     pipeline = read_entry(index, "_class_name", str)
     family, denoiser = family_of(pipeline), "unet" if "unet" in read_json(index) else "transformer"

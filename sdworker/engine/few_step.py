@@ -35,7 +35,7 @@ def with_preset(
     model: ModelInfo,  # of any model
     setting: str = "auto",  # as in SDWORKER_FEW_STEP
 ) -> ModelInfo:  # unchanged if there is no preset
-    "A GPU with the preset's steps and guidance as defaults of requests."
+    "Model information with the preset's steps and guidance as defaults of requests."
     if preset := preset_of(model, setting):
         return replace(model, steps=preset.steps, guidance=preset.guidance)
     return model
@@ -46,7 +46,7 @@ def use_preset(
 ) -> None:
     "Set a pipeline's sampler to a preset's, with `trailing` spacing: the first step is at full noise."
     if preset and preset.sampler:
-        from sdworker.engine.diffusers_pipeline import scheduler_for  # it imports torch; GPUs are read before that
+        from sdworker.engine.diffusers_pipeline import scheduler_for  # imports torch
 
         scheduler = scheduler_for(pipe.scheduler, preset.sampler)
         vars(pipe)["scheduler"] = scheduler.from_config(scheduler.config, timestep_spacing="trailing")

@@ -112,7 +112,7 @@ def draw(
     "Draw images in batches, on the engine that `engine` routes them to; raises `Unsuited` or `ModelError`."
     timings, pictures = Timings(), []
     if params.refiner_start is None:
-        params = replace(params, refiner_start=_default_refine_from(engine, params))
+        params = replace(params, refiner_start=_default_refiner_start(engine, params))
     engine, warnings = engine.route(params, min(max_batch, len(specs)))
     def draw_batch(batch: Sequence[ImageSpec]) -> None:
         for picture in _draw_batch(engine, batch, params, timings, on_step and (lambda done, total: on_step(
@@ -124,7 +124,7 @@ def draw(
     return Drawn(pictures, timings, warnings + halved)
 
 # %% ../../nbs/2_engine/03_generate.ipynb #ed7c9d5f
-def _default_refine_from(engine: Engine, params: SamplingParams) -> float:
+def _default_refiner_start(engine: Engine, params: SamplingParams) -> float:
     "0.8 where a refiner can take part: from noise alone, with guidance to the end, and with a step left to the base."
     default, refiner = replace(params, refiner_start=0.8), getattr(engine, "refine", None)
     suits = refiner and params.mode == "txt2img" and params.guided in (0, params.steps) and refiner.split(default)[0]

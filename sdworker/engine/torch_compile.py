@@ -39,20 +39,20 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #eb1e0ff6
 def why_not_compiled(
     mode: str,  # "cuda-graph", "reduce-overhead", "regional" or "cached"
-    model: ModelInfo,  # its family says whether its prompts grow
+    model: ModelInfo,  # its family's `grows`: whether a longer prompt enlarges the denoiser's inputs
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     offload: str = "none",  # as in the settings
-    other: str = "",  # another switch that is on and that compiled code does not have
+    other: str = "",  # a setting that is on and that compiled code does not support
     most: int = 4,  # images in one call
 ) -> str:  # empty: it can be
     "Why a denoiser cannot be compiled here."
     if other:
         return f"{other} is on"
     if model.family.grows and mode in ("cuda-graph", "reduce-overhead"):
-        return f"a longer prompt is a larger call of {model.family.name}, and this code is for calls of one size"
+        return f"a longer prompt gives {model.family.name} larger inputs, and this code is for inputs of one size"
     if offload != "none":
-        return f"SDWORKER_OFFLOAD is {offload!r}, which moves the weights about while they are drawn with"
+        return f"SDWORKER_OFFLOAD is {offload!r}, which moves weights between CPU and GPU while an image is drawn"
     if mode == "cuda-graph":
         return "" if device == "cuda" else "a CUDA graph needs a CUDA device"
     compiler = os.environ.get("CXX", "g++")
@@ -213,8 +213,8 @@ def why_not_cached(
         return f"there is no cache in {folder}; `sdworker bake --compile-cache` fills it"
     for name, value in key.items():
         if made.get(name) != value:
-            difference = "another one" if name == "denoiser" else f"{made.get(name)}, and here is {value}"
-            return f"the cache in {folder} was made for {name} {difference}"
+            made_for = "another denoiser" if name == "denoiser" else f"{name} {made.get(name)}, and here is {value}"
+            return f"the cache in {folder} was made for {made_for}"
     return ""
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #h4lff1l3

@@ -89,18 +89,19 @@ def measure(
 def starts(
     repeat: int = 3,  # starts of each mode
 ) -> dict[str, float]:  # by mode, seconds from exec to the first answer at the queue, medians
-    "Start workers, interleaved, with one job waiting, from a cold cache if it can be emptied."
+    "Start workers, interleaved, with one job waiting, with their files dropped from the page cache first, if possible."
     model, workers = read_model_info(EMBEDDED, "embedded"), {}
     with tempfile.TemporaryDirectory() as scratch:
-        filled, empty = Path(scratch, "filled"), Path(scratch, "empty")  # emptied after each start
+        # caches of the compiler; "empty" is deleted after each start
+        filled, empty = Path(scratch, "filled"), Path(scratch, "empty")
         measure_in_process("regional", filled, 1)
         for mode in MODES:
             changed = SWITCHES[mode].settings if mode in SWITCHES else {"engine": "diffusers", "compile": mode}
             workers[mode] = OURS, {f"SDWORKER_{name.upper()}": value for name, value in changed.items()} | {
                 "TORCHINDUCTOR_CACHE_DIR": str(filled if mode == "cached" else empty), "SDWORKER_MAX_BATCH": "1"}
-        cold = libraries() + weight_files(EMBEDDED) + [path for place in aot_dirs(get_settings())
-                                                       for path in place.glob("*/*")]
-        runs = interleaved(workers, explicit_job(model), repeat, cold if evict(cold) else [],
+        files = libraries() + weight_files(EMBEDDED) + [path for place in aot_dirs(get_settings())
+                                                        for path in place.glob("*/*")]
+        runs = interleaved(workers, explicit_job(model), repeat, files if evict(files) else [],
                            on_start=lambda: shutil.rmtree(empty, ignore_errors=True))
     return {mode: median(run["seconds"] for run in times) for mode, times in runs.items()}
 

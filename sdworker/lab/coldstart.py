@@ -262,7 +262,7 @@ def sdxl_sized(
     folder: Path,  # created; needs 7 GB
     shapes: Mapping[str, Any] | None = None,  # modules by component; default: SDXL's
 ) -> None:
-    "Write a model with random weights in SDXL's shapes, and the embedded model's small files."
+    "Write a model with SDXL's architecture and random weights, and the embedded model's small files."
     import torch
     from safetensors.torch import save_file
 
@@ -373,7 +373,7 @@ def main(
                      command + "from exec to the first answer at the queue, interleaved")
         sdxl_sized(Path(folder, "model"))  # which also brings all libraries into the cache
         report = sized(Path(folder, "model"), repeat_sized, on_start=lambda: progress.advance(task))
-        command += "from exec to the answer to a job that only reads all weights (random, fp16, of SDXL's shapes), "
+        command += "from exec to the answer to a job that only reads all weights (random, fp16, as large as SDXL), "
         write_result(record / "coldstart-sdxl.json", report, command + "weights cold, libraries warm, interleaved")
 
 if __name__ == "__main__" and "__file__" in globals():

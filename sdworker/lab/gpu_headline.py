@@ -346,7 +346,7 @@ def write_headline(
         "gpu": report.gpu, "dry": report.setup.dry, "request": image_request(report.setup.dry),
         "ways": {way: results[way] for way in WAYS if way in results}, "failed": failed,
         **{name: results.get(name) for name in ("rates", "operations", "jobs")}},
-        "SDXL's shapes with random weights, one image, each way in a process of its own, medians")
+        "SDXL's architecture with random weights, one image, each way in a process of its own, medians")
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00048
 _TENSORRT = "https://huggingface.co/stabilityai/stable-diffusion-xl-1.0-tensorrt"

@@ -49,7 +49,7 @@ STAGES = {  # in order of value
     "bake": Stage("gpu_starts.bake_aot", 450, "Can SDXL be compiled ahead of time, and in which time?"),
     "starts": Stage("gpu_starts.measure_starts", 400, "How long is a cold start with 6.9 GB of weights?"),
     "compiled": Stage("gpu_starts.measure_aot", 450, "What does compiling ahead of time save?"),
-    "bench": Stage("gpu_programme.bench_rows", 1500, "What does each switch bring on SDXL's shapes?"),
+    "bench": Stage("gpu_programme.bench_rows", 1500, "What does each switch bring on SDXL's architecture?"),
     "families": Stage("gpu_checks.family_checks", 300, "Do all families draw on a GPU, in miniature?"),
 }
 

@@ -281,7 +281,7 @@ def copy_rates(
 def sdxl_folder(
     setup: Setup,  # with the scratch folder
 ) -> Path:  # in diffusers' layout
-    "A model of SDXL's shapes with random weights, written to `setup.scratch` if missing; dry: the embedded model."
+    "Write SDXL's architecture with random weights to `setup.scratch` if missing; dry: the embedded model."
     if setup.dry:
         return EMBEDDED
     folder, partial = setup.scratch / "sdxl", setup.scratch / "sdxl.making"

@@ -229,8 +229,8 @@ def _write_aot(
     return write_result(setup.out / f"aot-{'dry' if setup.dry else 'cuda'}.json", {
         "gpu": report.gpu, "dry": setup.dry, "side": request["width"], "steps": request["steps"], "starts": starts,
         **{name: parts.get(name, {}).get("result") for name in ("bake", "images", "compile")}},
-        "SDXL's shapes with random weights: from exec to the first answer at the queue, libraries, weights and code "
-        "dropped from the cache before each start; denoising of images, two engines interleaved")
+        "SDXL's architecture with random weights: from exec to the first answer at the queue, libraries, weights "
+        "and code dropped from the cache before each start; denoising of images, two engines interleaved")
 
 # %% ../../nbs/8_lab/12_gpu_starts.ipynb #97d00026
 DEVICE = """
@@ -278,7 +278,7 @@ def _write_starts(
         "gpu": report.gpu, "dry": setup.dry, "side": request["width"], "steps": request["steps"], "bytes": size,
         "starts": starts_of(report), "floors": floors | results.get("device", {})},
         "from exec to the first answer at the queue, libraries and weights dropped from the cache before each start, "
-        "interleaved; SDXL's shapes, random weights")
+        "interleaved; SDXL's architecture, random weights")
 
 # %% ../../nbs/8_lab/12_gpu_starts.ipynb #97d00029
 def _start_rows(starts: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:

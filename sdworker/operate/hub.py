@@ -87,7 +87,8 @@ NO_INPUT = {
     "quantize": "the image has neither torchao nor bitsandbytes",
     "aot_build": "the image has no C++ compiler and no CUDA headers",
     "engine": "the image has an AOT package only if it is built with AOT, for a GPU on a base with CUDA's toolkit",
-    "compile": "the image has a compiler only if it is built with COMPILE_CACHE; `cuda-graph` is not tested yet"}
+    "compile": "the image has a compiler only if it is built with COMPILE_CACHE; "
+               "no worker has run on a GPU with `cuda-graph` yet"}
 SHOWN_FIRST = ("profile", "model", "max_images", "max_size_px")  # the others are under "advanced"
 _OF_PROFILES = {name for values in PROFILES.values() for name in values}
 

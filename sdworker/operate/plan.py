@@ -340,7 +340,7 @@ def pareto_front(
     return kept
 
 def parse_goal(
-    text: str,  # such as "p95<30s" (of the wait, which settings decide), "latency p99<60s"
+    text: str,  # such as "p95<30s" or "latency p99<60s"; without a name it is for the wait
 ) -> tuple[str, float]:  # a report's entry, and seconds
     "Parse a goal; raises `PlanError`."
     match = re.fullmatch(r"\s*(latency|wait)?\s*p(50|95|99)\s*<\s*(\d+\.?\d*)\s*s?\s*", text)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ..build.cache_dirs import usable_caches
+from ..build.cache_dirs import prepare_cache_folders
 from ..core.checkpoint_files import count_parameters, weight_files
 from ..core.model_info import ModelError, Unsuited
 from ..core.settings import SettingsError, get_settings
@@ -181,8 +181,8 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     "Start the SDK with these command-line arguments."
     settings = get_settings()
     set_up_log(settings.log)
-    for moved in usable_caches():
-        log.warning(moved)
+    for warning in prepare_cache_folders():
+        log.warning(warning)
     weights = _start_prefetch(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
     shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known after the load
     check = checks_at_start(settings, 0 if shrinks else weights, log.warning) if queue else None

@@ -49,7 +49,7 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/4_start/04_load.ipynb #b8f4d518
 @lru_cache(maxsize=1)
 def model_info() -> ModelInfo:  # with the defaults of its few-step preset, if it has one
-    "Return the GPU of the settings' model, read at the first call; raises `ModelError`."
+    "Return what is known of the settings' model, read at the first call; raises `ModelError`."
     settings = get_settings()
     return with_preset(read_model_info(locate_or_download(settings, weights=False), settings.model), settings.few_step)
 
