@@ -151,7 +151,7 @@ def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
     findings, _ = look(folder, cuda=False, SDWORKER_ATTENTION="sliced")
     assert "not computed for this family: " in findings["memory"]["detail"]
     assert {findings[name]["state"] for name in ("memory", "attention")} == {"pass"}
-    assert all("wants NoSuchModel, which neither" in findings[name]["detail"] for name in ("memory", "attention"))
+    assert all("needs NoSuchModel, which neither" in findings[name]["detail"] for name in ("memory", "attention"))
 
 
 def test_a_byte_that_has_changed_is_found(tmp_path):

@@ -25,7 +25,7 @@ for name in ("transforms", "transforms.functional", "transforms.v2", "transforms
     sys.modules[f"torchvision.{name}"] = Part(f"torchvision.{name}")
 from torchvision import transforms, io
 """
-NEEDS = {  # what its import wants of the compiler
+NEEDS = {  # what its import needs of the compiler
     "a submodule": "from torch._dynamo.utils import is_compile_supported",
     "the package": "import torch._dynamo; torch._dynamo.config.suppress_errors",
     "what a stub has otherwise": "import torch._dynamo; torch._dynamo.eval_frame.OptimizedModule.mro()",

@@ -350,7 +350,7 @@ def unsupported_reason(
     if params.mode != "txt2img":
         return "it begins from a picture, and the AOT engine draws from noise"
     if params.refiner_start < 1:
-        return "it wants a refiner, which the AOT engine does not have"
+        return "it needs a refiner, which the AOT engine does not have"
     minimum, maximum, unit = limits["side"]
     for name in ("width", "height"):
         if not minimum <= getattr(params, name) <= maximum or getattr(params, name) % unit:

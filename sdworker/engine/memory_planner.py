@@ -244,7 +244,7 @@ def meta_components(
     missing = [name for _, name in components(model.folder) if has_weights(name)
                and not (hasattr(diffusers, name) or hasattr(transformers, name))]
     if missing or not pipeline_class:
-        raise NotComputed(f"{model.name} wants {missing[0] if missing else model.pipeline}, which neither diffusers "
+        raise NotComputed(f"{model.name} needs {missing[0] if missing else model.pipeline}, which neither diffusers "
                           f"{diffusers.__version__} nor transformers {transformers.__version__} has")
     parts = {name: _as_loaded(part, dtype) for name, part in bare_components(model).items()}
     if dtype == "float16" and hasattr(pipeline_class, "upcast_vae") and parts["vae"].config.force_upcast:

@@ -120,7 +120,7 @@ def _argument_errors(family: Family, pipe: "DiffusionPipeline") -> Iterator[None
         if family is not UNKNOWN:
             raise
         reason = str(error).partition("\n")[0]
-        raise Unsuited(f"{type(pipe).__name__} is not known to this worker, and drew nothing ({reason}); it may want "
+        raise Unsuited(f"{type(pipe).__name__} is not known to this worker, and drew nothing ({reason}); it may need "
                        "an image, or more than a request can say.") from error
 
 def _keep_unmasked(pixels: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

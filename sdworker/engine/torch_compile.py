@@ -178,7 +178,7 @@ def cache_folder() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     compiler = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    if compiler and named == compiler.default_cache_dir():  # torch's own word for "nobody has named one"
+    if compiler and named == compiler.default_cache_dir():  # torch's default: no folder is named
         named = ""
     return Path(named or home / "sdworker" / "inductor")
 
@@ -240,7 +240,7 @@ def remove_half_files(
     return abandoned
 
 def _abandoned(path: Path) -> bool:
-    try:  # what is newer may be in another compiler's hands
+    try:  # a newer one may be being written by another compiler
         return time.time() - path.stat().st_mtime > 30 and not _complete(path)
     except OSError:  # another process has removed it
         return False

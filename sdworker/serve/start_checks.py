@@ -29,7 +29,7 @@ def own_checks(
     device: str,  # the setting: "auto", "cpu" or "cuda"
     weights: int,  # bytes that the GPU must have room for
     seconds: float = 20,  # time limit of the query
-) -> Callable[[], None] | None:  # to register with the SDK; may raise `RuntimeError`; None: no driver to ask
+) -> Callable[[], None] | None:  # to register with the SDK; may raise `RuntimeError`; None: no driver to query
     "Switch the SDK's own checks off, and start a query of the driver for its GPUs."
     for name in SWITCHES:
         os.environ.setdefault(name, "true")
@@ -80,7 +80,7 @@ def run_check(
     try:
         return check(settings)
     except (ModelError, OSError) as error:
-        return Finding(check.__name__, "fail", str(error), "The sentence before says what is missing.")
+        return Finding(check.__name__, "fail", str(error), "See the message.")
     except Exception as error:  # such as a broken library
         return Finding(check.__name__, "fail", f"{type(error).__name__}: {error}", "Install sdworker anew.")
 
@@ -105,7 +105,7 @@ def disk(
 def _is_fetched(settings: Settings) -> bool:
     try:
         return locate(settings) is None
-    except ModelError:  # `weights` says why
+    except ModelError:  # the check `weights` reports why
         return False
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #01462177
@@ -121,7 +121,7 @@ def sizes(
                              ("max_steps", settings.max_steps, model.steps)):
         if limit < own:
             return Finding("sizes", "fail", f"SDWORKER_{name.upper()} is {limit}, and {model.name} draws with {own} "
-                           "unless told otherwise: plain requests would be refused.", f"Set it to {own} at least.")
+                           "by default: plain requests would be refused.", f"Set it to {own} at least.")
     return ok("sizes", f"requests may ask for up to {settings.max_size_px} pixels and {settings.max_steps} steps.")
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #c34cc4bd
