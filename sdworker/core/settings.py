@@ -70,8 +70,6 @@ class _Drawing(_Log):
         "diffusers for the rest"))
     aot_dir: str = Field("", description=(
         "Folder of AOT packages, beside that on the volume; empty: in the user's cache"))
-    aot_build: bool = Field(False, description=(
-        "Where no AOT package fits, make one after the first answer; needs g++"))
     attention: Literal["sdpa", "xformers", "sliced", "xformers+sliced"] = Field(
         "sdpa", description="Attention of the diffusers engine; `sdpa` is PyTorch's own, and what compiled code has")
     vae_decode: Literal["full", "sliced", "tiled"] = Field(

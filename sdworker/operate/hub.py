@@ -85,7 +85,6 @@ class Scaling(BaseModel):
 NO_INPUT = {
     "baked": "a folder of the image", "volume": "where RunPod mounts it", "aot_dir": "a folder of the image",
     "quantize": "the image has neither torchao nor bitsandbytes",
-    "aot_build": "the image has no C++ compiler and no CUDA headers",
     "engine": "the image has an AOT package only if it is built with AOT, for a GPU on a base with CUDA's toolkit",
     "compile": "the image has a compiler only if it is built with COMPILE_CACHE; "
                "no worker has run on a GPU with `cuda-graph` yet"}

@@ -21,7 +21,7 @@ from ..build.cache_dirs import prepare_cache_folders
 from ..core.checkpoint_files import count_parameters, weight_files
 from ..core.model_info import ModelError, Unsuited
 from ..core.settings import SettingsError, get_settings
-from ..engine.types import Drawn, Engine, OnPicture, Request, prepare
+from ..engine.types import Drawn, OnPicture, Request, prepare
 from .image_io import data_uri
 from .monitor import note, open_nvml, set_up_log
 from .request import RequestError, advice, parse_request
@@ -33,7 +33,6 @@ from sdworker.start.load import (
     give_up,
     initialize_model,
     model_info,
-    start_background_aot_export,
 )
 from ..start.prefetch import prefetch
 from ..start.timeline import LEDGER
@@ -41,14 +40,14 @@ from ..start.timeline import LEDGER
 log = logging.getLogger("sdworker")
 
 # %% ../../nbs/5_serve/08_handler.ipynb #cb7bcab5
-def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> tuple[Engine, Drawn]:
+def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> Drawn:
     "Draw in the engine's thread, which loads the model if that has not been done."
     engine = initialize_model()
     LEDGER.lap("wait for a job")
     from sdworker.engine.generate import draw
 
     params, specs = prepare(request, engine.model)
-    return engine, draw(engine, params, specs, max_batch, on_picture=on_picture)
+    return draw(engine, params, specs, max_batch, on_picture=on_picture)
 
 def respond(
     payload: Any,  # the job's "input"
@@ -57,7 +56,7 @@ def respond(
     model, limits = model_info(), get_settings()
     request, encoded = parse_request(payload, model, limits), []
     with ThreadPoolExecutor(2, "encode") as pool:
-        engine, drawn = ENGINE_THREAD.submit(partial(
+        drawn = ENGINE_THREAD.submit(partial(
             _draw, request, limits.max_batch,
             lambda picture: encoded.append(pool.submit(data_uri, picture.image, **request.output)))).result()
         LEDGER.lap("first image")
@@ -67,7 +66,6 @@ def respond(
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:
         timings["cold_start"] = cold
-        start_background_aot_export(engine)
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, model) + drawn.warnings,
             "model": {"name": model.name, "pipeline": model.pipeline}}
