@@ -106,6 +106,8 @@ def _plan(listing: Listing, staging: Path, variant: str, addons: str) -> list[Mo
     if from_hub and "vae" in classes and all(addon.name != "vae" for addon in to_add):
         to_add += parse_addons(FP16_VAE) if _needs_fp16_vae(index, read("vae/config.json"), variant) else []
     for addon in to_add:
+        if addon.name == "refiner" and not family_of(index["_class_name"]).refines:
+            raise ModelError(f"a refiner is of no use to a {index['_class_name']}; leave it out.", lasting=True)
         added = _addon_files(addon, classes, variant)
         files = {name: file for name, file in files.items() if not name.startswith(f"{addon.name}/")}
         if duplicates := [file.file for file in added if file.file in files]:

@@ -215,14 +215,17 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str
 def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
     "Compile a model; returns its AOT package's folder, size in bytes and lowest PSNR in dB."
     from sdworker.build.cache_dirs import aot_dirs, prepare_cache_folders
-    from sdworker.core.model_info import read_json
+    from sdworker.core.model_info import ModelError, read_json
 
     with plain_errors(), _of_steps(shown) as on_progress:
         for warning in prepare_cache_folders():
             typer.echo(f"sdworker: {warning}", err=True)
         from sdworker.aot.export import export_package
+        from sdworker.aot.selection import unsupported_by_aot
 
         settings, model_info, place = _to_compile(model, name, device)
+        if reason := unsupported_by_aot(settings, model_info):
+            raise ModelError(f"no worker would draw with an AOT package here: {reason}.", lasting=True)
         folder = export_package(model_info, aot_dirs(settings)[0], *place, settings.quantize, on_progress)
         size = sum(path.stat().st_size for path in folder.iterdir())
         report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "aot.json")["psnr"]}

@@ -66,6 +66,8 @@ class Family:
     from_image: str = ""  # pipeline class for image to image; empty: none
     inpaint: str = ""  # pipeline class for inpainting; empty: none
     edits: bool = False  # requires an input picture
+    reads_pictures: bool = False  # whether the text encoder reads the input picture too, as Qwen2.5-VL does
+    refines: bool = False  # whether a second denoiser of the class `from_image` can draw the last steps
     batch: int = 64  # maximum images in one call
     few: Mapping[str, Preset] = field(default_factory=dict)  # few-step models, by a word in their names
 
@@ -86,7 +88,7 @@ FAMILIES = {
         "SDXL", "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M", 3.47, 30, 7.0,
         samplers="noise", staged=True, step_cache="deepcache", compiles=True, gpu_dtype="float16",
         vae_overflows=True, from_image="StableDiffusionXLImg2ImgPipeline", inpaint="StableDiffusionXLInpaintPipeline",
-        few=DISTILLED),
+        refines=True, few=DISTILLED),
     "StableDiffusion3Pipeline": Family(
         "SD 3.5", "stabilityai/stable-diffusion-3.5-large", "Stability Community", 13.7, 28, 3.5, patch=2,
         compiles=True, from_image="StableDiffusion3Img2ImgPipeline", inpaint="StableDiffusion3InpaintPipeline",
@@ -104,10 +106,10 @@ FAMILIES = {
         from_image="QwenImageImg2ImgPipeline", inpaint="QwenImageInpaintPipeline"),
     "QwenImageEditPipeline": Family(
         "Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", "Apache-2.0", 28.9, 50, 4.0, patch=2, **_QWEN,
-        edits=True, batch=1),
+        edits=True, reads_pictures=True, batch=1),
     "QwenImageEditPlusPipeline": Family(
         "Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509", "Apache-2.0", 28.9, 40, 4.0, patch=2,
-        **_QWEN, edits=True, batch=1),
+        **_QWEN, edits=True, reads_pictures=True, batch=1),
 }
 
 # %% ../../nbs/0_core/03_families.ipynb #3f1e6a04

@@ -194,10 +194,10 @@ class Refiner:
     "Draws with an engine's base model, and from some share of the steps on with the refiner."
     def __init__(self, engine: "FamilyEngine",  # SDXL, with `refiner/` in the model's folder
                  quantization: Any = None):  # of the refiner's denoiser: the base's
-        from diffusers import StableDiffusionXLImg2ImgPipeline
+        import diffusers
 
         self.base, unet = engine.pipe, _refiner_unet(engine, quantization)
-        self.pipe = StableDiffusionXLImg2ImgPipeline(
+        self.pipe = getattr(diffusers, engine.model.family.from_image)(
             vae=self.base.vae, text_encoder=None, tokenizer=None, text_encoder_2=self.base.text_encoder_2,
             tokenizer_2=self.base.tokenizer_2, unet=unet, scheduler=self.base.scheduler,
             requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False)
@@ -238,6 +238,9 @@ def use_addons(
     folder = engine.model.folder
     loras = _add_loras(engine.pipe, folder, scale)
     if (folder / "refiner").is_dir():
+        if not engine.model.family.refines:
+            raise ModelError(f"{folder} holds a refiner, which {engine.model.family.name} cannot draw with; remove it.",
+                             lasting=True)
         engine.refine = Refiner(engine, quantization and quantization.quant_mapping.get("unet"))
     return "" if loras or scale == 1 else (
         f"SDWORKER_LORA_SCALE is {scale:g}, and there is no LoRA beside the model whose scale could change.")
