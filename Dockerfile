@@ -56,7 +56,7 @@ RUN --mount=type=cache,target=/build/pip \
 # The notebooks, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
 # test_gate, which draws for minutes on a CPU, and test_image itself; of the notebooks, those of the lab that time this
 # machine for minutes, and those of the GPU programme, which want git and pip. `make test-all` has them all.
-# What they pass with is then left out of the image: the lab, and the training of the embedded model.
+# What they pass with is then left out of the image: the lab, the training of the embedded model, the tiny models.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=
@@ -72,8 +72,8 @@ RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-i
 RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore-glob='nbs/8_lab/04_*' --ignore=nbs/8_lab/05_bench.ipynb \
         --ignore=nbs/8_lab/08_plan_vs_real.ipynb --ignore-glob='nbs/8_lab/*_gpu_*' \
         tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
-    && rm -r /opt/sdworker/sdworker/lab /opt/sdworker/sdworker/embedded/training.py \
-        /opt/sdworker/sdworker/embedded/__pycache__/training.* \
+    && cd /opt/sdworker/sdworker && rm -r lab embedded/training.py embedded/tiny_models.py \
+        embedded/__pycache__/training.* embedded/__pycache__/tiny_models.* \
     && touch /tests-passed
 
 # The model, fetched or half fetched in a cache that outlives the build, then copied, checked, compiled if that is

@@ -1285,8 +1285,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'sdworker/operate/client.py'),
                                          'sdworker.operate.client.Client.status': ( '6_operate/client.html#client.status',
                                                                                     'sdworker/operate/client.py'),
-                                         'sdworker.operate.client.Client.stream': ( '6_operate/client.html#client.stream',
-                                                                                    'sdworker/operate/client.py'),
                                          'sdworker.operate.client.Client.wait': ( '6_operate/client.html#client.wait',
                                                                                   'sdworker/operate/client.py'),
                                          'sdworker.operate.client.ClientError': ( '6_operate/client.html#clienterror',

@@ -51,6 +51,8 @@ def same_components_as(
     return other
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #af6fc2a2
+ONE_CALL_FIELDS = {"width", "height", "steps", "guidance", "sampler", "mode", "strength"}  # of `SamplingParams`
+
 def arguments(
     family: Family,  # its row has the name of the guidance argument
     specs: Sequence[ImageSpec],  # one for each image
@@ -170,8 +172,6 @@ def pipeline_for_mode(
     return other
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
-ONE_CALL_FIELDS = {"width", "height", "steps", "guidance", "sampler", "mode", "strength"}  # that `arguments` passes on
-
 class FamilyEngine(DiffusersEngine):
     "Draws with a diffusers pipeline of any class, from noise or from pictures."
     def __init__(self, *args: Any, **kwargs: Any):  # as of `DiffusersEngine`

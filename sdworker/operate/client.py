@@ -10,7 +10,6 @@ __all__ = ['FINAL', 'REASONS', 'RUNPOD', 'KEY', 'Job', 'job_of', 'pause', 'Clien
 import os
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -206,16 +205,6 @@ class Client(_Connection):
                 raise ClientError(f"job {job} is {state.status} after {seconds:.0f} s; ask again with wait({job!r}).")
             time.sleep(interval := min(interval * 1.5, 2.0))
         return state
-
-    def stream(self, job: str) -> Iterator[Any]:  # job: id
-        "Iterate over the pieces that a job returns, until it has ended. Raises `ClientError` if it has none."
-        status = ""
-        while status not in FINAL:
-            answer = self._query("stream", job)
-            if answer.get("error"):
-                raise ClientError(f"job {job} gives no pieces: {answer['error']}.")
-            yield from (piece.get("output") for piece in answer.get("stream", []))
-            status = answer.get("status", "")
 
     def cancel(self, job: str) -> Job:  # job: id
         "Cancel a job."

@@ -7,7 +7,6 @@ __all__ = ['log', 'ENGINE_THREAD', 'model_info', 'place', 'EngineThread', 'initi
 
 # %% ../../nbs/4_start/04_load.ipynb #7142106c
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
