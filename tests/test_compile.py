@@ -65,7 +65,7 @@ def counted(*arguments):
     import torch
     calls = []
     def count(call):
-        return lambda *given, **named: (calls.append(1), call(*given, **named))[1]
+        return lambda *args, **kwargs: (calls.append(1), call(*args, **kwargs))[1]
     for module in sdworker.start.load.initialize_model().pipe.unet.modules():
         if module._compiled_call_impl:
             module._compiled_call_impl = count(module._compiled_call_impl)
@@ -114,8 +114,8 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])
 def test_a_cache_for_something_else_is_named_and_not_used(cache, tmp_path, name):
-    made = json.loads((cache / "sdworker.json").read_text())
-    (tmp_path / "sdworker.json").write_text(json.dumps(made | {name: "of another kind"}))
+    note = json.loads((cache / "sdworker.json").read_text())
+    (tmp_path / "sdworker.json").write_text(json.dumps(note | {name: "of another kind"}))
     worker_run = run_workers(OURS, [job("only")],
                              {"SDWORKER_COMPILE": "cached", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
                                                    "SDWORKER_MAX_BATCH": "1"})
@@ -172,7 +172,7 @@ from sdworker.engine.torch_compile import is_compiled, compile_before_jobs, use_
 from sdworker.engine.pipeline import FamilyEngine
 logging.basicConfig(level="INFO", format="%(message)s")
 engine = FamilyEngine(read_model_info(EMBEDDED, "embedded"))
-assert use_compile(engine.pipe, "cached", engine.model, most=1) == ""
+assert use_compile(engine.pipe, "cached", engine.model, max_batch=1) == ""
 compile_before_jobs(engine)
 assert is_compiled(engine.pipe.unet) and not engine.warnings, engine.warnings
 """

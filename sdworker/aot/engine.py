@@ -132,11 +132,11 @@ def find_aot_package(
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     places: Iterable[Path],  # folders of AOT packages
-    bits: str = "off",  # as in SDWORKER_QUANTIZE
+    quantize: str = "off",  # as in SDWORKER_QUANTIZE
 ) -> tuple[Path | None, str]:  # its folder, or why there is none; empty: nobody has made one
     "Find a compatible AOT package."
     folders = packages_in(places)
-    key, reasons = package_key(model, device, dtype, bits) if folders else {}, []
+    key, reasons = package_key(model, device, dtype, quantize) if folders else {}, []
     for folder in folders:
         if not (reason := incompatibility(folder, key)):
             return folder, ""
@@ -288,7 +288,7 @@ def encode_texts(
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
     "Embed the prompts of a batch, and the negative prompts if guidance needs them."
-    texts = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs if _guided(engine, params)]
+    texts = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs if _guided_steps(engine, params)]
     tokens = [torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)], device=engine.device)
               for tokenizer in engine.tokenizers]
     embeddings = engine.run("text", *tokens)
@@ -298,9 +298,9 @@ def encode_texts(
             tensor[empty] = 0
     return dict(zip(("text", "pooled"), embeddings, strict=False))
 
-def _guided(engine: AotEngine, params: SamplingParams) -> int:
+def _guided_steps(engine: AotEngine, params: SamplingParams) -> int:
     "The number of steps in which the denoiser is called for the negative prompts too."
-    return params.guided if engine.model.family.negative else 0
+    return params.guided_steps if engine.model.family.negative else 0
 
 # %% ../../nbs/3_aot/02_engine.ipynb #591d0db4
 @torch.inference_mode()
@@ -312,10 +312,10 @@ def denoise_by_table(
     on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
 ) -> torch.Tensor:  # latents
     "Denoise from pure noise with the compiled denoiser and a sampler's table."
-    about, guided = engine.about, iter(range(_guided(engine, params)))
+    about, guided_steps = engine.about, iter(range(_guided_steps(engine, params)))
     fixed = [_conditioning(name, engine, encoded, params) for name in about["told"]]
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
-        calls = len(fixed[0]) if next(guided, None) is not None else len(specs)
+        calls = len(fixed[0]) if next(guided_steps, None) is not None else len(specs)
         batch = latents.repeat(calls // len(specs), 1, 1, 1)
         conditioning = (torch.full((calls,), t, device=engine.device), *(tensor[:calls] for tensor in fixed))
         output = engine.run("denoiser", batch, *conditioning)[0]

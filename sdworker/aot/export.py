@@ -203,14 +203,15 @@ def _shift(config: Mapping[str, Any]) -> list[float] | None:
 # %% ../../nbs/3_aot/04_export.ipynb #39d1adff
 def verify_outputs(
     engine: AotEngine,  # is checked
-    pipe: Engine,  # draws the reference
+    reference: Engine,  # draws the pictures to compare with
 ) -> float:  # PSNR of the worst picture, in dB, at most 99
     "Draw with both engines and compare. Raises `ModelError` if the pictures differ."
     minimum, _, unit = engine.about["key"]["ranges"]["side"]
     request = {"width": minimum + unit, "height": minimum, "steps": 4, "seed": 1, "n": 2}
     worst = 99.0  # equal pictures are infinitely close, which JSON cannot say
     for sampler in ["" if key == f"{OWN} rows" else key.split()[0] for key in engine.tables if key.endswith(" rows")]:
-        drawn = [generate(which, _TEXTS[1], sampler=sampler or None, **request).pictures for which in (engine, pipe)]
+        drawn = [generate(which, _TEXTS[1], sampler=sampler or None, **request).pictures
+                 for which in (engine, reference)]
         worst = min(worst, *(psnr(ours.image, theirs.image) for ours, theirs in zip(*drawn, strict=True)))
         if any(not np.ptp(one.image, (0, 1)).any() for pictures in drawn for one in pictures):
             raise ModelError("both engines draw nothing but one colour, so nothing is known of the compiled code; try "

@@ -66,7 +66,7 @@ def load_pipeline(
         library.disable_progress_bar()  # a worker's log is no terminal
     transformers_logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
     use_float32_noise()
-    half = any(".fp16" in path.name for path in weight_files(model.folder))
+    has_fp16 = any(".fp16" in path.name for path in weight_files(model.folder))
     index = read_json(model.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
     takes = signature(getattr(diffusers, model.pipeline, dict).__init__).parameters
@@ -75,7 +75,7 @@ def load_pipeline(
     try:
         built = _on_weights(model, weights) if weights else {}
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            model.folder, dtype=getattr(torch, dtype), variant="fp16" if half else None,
+            model.folder, dtype=getattr(torch, dtype), variant="fp16" if has_fp16 else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
     except Exception as error:
         raise load_error(model, device, dtype, error, quantized=bool(quantization)) from error
@@ -111,9 +111,9 @@ def _on_weights(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[s
     "The components that can be built of weights that have been loaded."
     modules = {}
     for name, module in bare_components(model).items():
-        if own := _of(name, weights):
-            if {*module.state_dict(), *dict(module.named_buffers())} <= own.keys():
-                _assign(module, own)
+        if tensors := _of(name, weights):
+            if {*module.state_dict(), *dict(module.named_buffers())} <= tensors.keys():
+                _assign(module, tensors)
                 modules[name] = module.requires_grad_(False).eval()
     return modules
 
@@ -139,7 +139,7 @@ def encode_prompts(
     params: SamplingParams,  # say whether there is guidance
 ) -> Encoded:  # text embeddings by the names under which the pipeline takes them
     "Embed the prompts of a batch, positive and negative."
-    guided = params.guided > 0
+    guided = params.guided_steps > 0
     embeddings = pipe.encode_prompt(
         [spec.prompt for spec in specs], device=pipe._execution_device, num_images_per_prompt=1,
         do_classifier_free_guidance=guided, negative_prompt=[spec.negative_prompt for spec in specs])
@@ -153,16 +153,16 @@ def encode_prompts(
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #4028c061
 def scheduler_for(
-    own: "SchedulerMixin",  # the model's
+    scheduler: "SchedulerMixin",  # the model's
     sampler: str = "",  # a key of `SAMPLERS`; empty: the model's own
 ) -> "SchedulerMixin":
     "A new scheduler, configured as the model's own."
     import diffusers
 
     if not sampler:
-        return own.from_config(own.config)
+        return scheduler.from_config(scheduler.config)
     name, changed = SAMPLERS[sampler]
-    return getattr(diffusers, name).from_config(own.config, **changed)
+    return getattr(diffusers, name).from_config(scheduler.config, **changed)
 
 def generators(
     specs: Sequence[ImageSpec],  # their seeds are read
@@ -180,21 +180,22 @@ def denoise(
     **more: Any,  # arguments of the pipeline
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
     "Run the denoiser, from pure noise by default."
-    halved = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
-              if name in pipe._callback_tensor_inputs] if 0 < params.guided < params.steps else []
-    def report(own, step, timestep, tensors):
+    to_halve = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
+                if name in pipe._callback_tensor_inputs] if 0 < params.guided_steps < params.steps else []
+    def report(call_pipe, step, timestep, tensors):
         if on_step:
-            on_step(step + 1, own.num_timesteps)
-        if halved and own.do_classifier_free_guidance and step + 1 >= params.guided / params.steps * own.num_timesteps:
-            own._guidance_scale = 1.0  # which is how the pipeline knows whether there is guidance
+            on_step(step + 1, call_pipe.num_timesteps)
+        if to_halve and call_pipe.do_classifier_free_guidance and (
+                step + 1 >= params.guided_steps / params.steps * call_pipe.num_timesteps):
+            call_pipe._guidance_scale = 1.0  # which is how the pipeline knows whether there is guidance
             return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
         return {}
-    own = copy.copy(pipe)
-    vars(own)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # plainly set, it imports the compiler
-    return own(
+    call_pipe = copy.copy(pipe)
+    vars(call_pipe)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # plainly set, it imports the compiler
+    return call_pipe(
         **encoded, width=params.width, height=params.height, num_inference_steps=params.steps,
-        guidance_scale=params.guidance if params.guided else 1.0, output_type="latent", callback_on_step_end=report,
-        callback_on_step_end_tensor_inputs=halved,
+        guidance_scale=params.guidance if params.guided_steps else 1.0, output_type="latent",
+        callback_on_step_end=report, callback_on_step_end_tensor_inputs=to_halve,
         **{"generator": generators(specs)} | more).images
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #2ab4cee1

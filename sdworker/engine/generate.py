@@ -38,7 +38,7 @@ class BatchSizes:
     def __init__(self):
         self.failed: dict[tuple, dict[int, int]] = {}  # kind of batch -> pixels of an image -> fewest images
 
-    def fewest(
+    def smallest_failed(
         self,
         params: SamplingParams,  # with the size of the images
     ) -> int | None:  # images; None: no batch has failed yet
@@ -52,7 +52,7 @@ class BatchSizes:
         images: int,  # in that batch
     ) -> None:
         "Remember a batch that did not fit, unless that follows from what is known."
-        if (known := self.fewest(params)) is not None and known <= images:
+        if (known := self.smallest_failed(params)) is not None and known <= images:
             return
         sizes, pixels = self.failed.setdefault(self._kind(params), {}), params.width * params.height
         sizes[pixels] = images
@@ -60,7 +60,7 @@ class BatchSizes:
             del sizes[other]
 
     def _kind(self, params: SamplingParams) -> tuple:
-        return params.mode, params.guided > 0, params.refiner_start < 1
+        return params.mode, params.guided_steps > 0, params.refiner_start < 1
 
 BATCH_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # for as long as an engine lives
 
@@ -73,10 +73,10 @@ def in_batches(
     max_batch: int,  # images in one call
     draw_batch: Callable[[Sequence[ImageSpec]], None],  # draws so many at once, or raises if memory is out
     params: SamplingParams,  # of all of them
-    sizes: BatchSizes,  # of this engine; a batch that does not fit is added
+    batch_sizes: BatchSizes,  # of this engine; a batch that does not fit is added
 ) -> list[str]:  # for the answer's "warnings"
     "Draw images in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
-    done, failed, paid = 0, sizes.fewest(params), False
+    done, failed, paid = 0, batch_sizes.smallest_failed(params), False
     limited = failed is not None and min(max_batch, len(specs)) >= failed
     while batch := specs[done:done + (_half(failed) if limited else max_batch)]:
         try:
@@ -92,7 +92,7 @@ def in_batches(
             raise OutOfMemory("not even one image of this size fits into memory; ask for fewer pixels, or see "
                               "SDWORKER_PROFILE=lowmem.")
         limited, failed, paid = True, len(batch), True
-        sizes.add(params, failed)
+        batch_sizes.add(params, failed)
     advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if paid else ""
     return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time"
             f"{advice}."] if limited else []
@@ -119,15 +119,16 @@ def draw(
                 len(pictures) * total + done * len(batch), len(specs) * total))):
             pictures.append(picture)
             on_picture(picture)
-    sizes = BATCH_SIZES.setdefault(engine, BatchSizes())
-    halved = in_batches(specs, min(max_batch, engine.model.family.batch), draw_batch, params, sizes)
-    return Drawn(pictures, timings, warnings + halved)
+    batch_sizes = BATCH_SIZES.setdefault(engine, BatchSizes())
+    batch_warnings = in_batches(specs, min(max_batch, engine.model.family.batch), draw_batch, params, batch_sizes)
+    return Drawn(pictures, timings, warnings + batch_warnings)
 
 # %% ../../nbs/2_engine/03_generate.ipynb #ed7c9d5f
 def _default_refiner_start(engine: Engine, params: SamplingParams) -> float:
     "0.8 where a refiner can take part: from noise alone, with guidance to the end, and with a step left to the base."
     default, refiner = replace(params, refiner_start=0.8), getattr(engine, "refine", None)
-    suits = refiner and params.mode == "txt2img" and params.guided in (0, params.steps) and refiner.split(default)[0]
+    suits = (refiner and params.mode == "txt2img" and params.guided_steps in (0, params.steps)
+             and refiner.split(default)[0])
     return default.refiner_start if suits else 1.0
 
 @device_guard()

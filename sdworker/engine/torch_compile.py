@@ -43,12 +43,12 @@ def why_not_compiled(
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     offload: str = "none",  # as in the settings
-    other: str = "",  # a setting that is on and that compiled code does not support
-    most: int = 4,  # images in one call
+    conflict: str = "",  # a setting that is on and that compiled code does not support
+    max_batch: int = 4,  # images in one call
 ) -> str:  # empty: it can be
     "Why a denoiser cannot be compiled here."
-    if other:
-        return f"{other} is on"
+    if conflict:
+        return f"{conflict} is on"
     if model.family.grows and mode in ("cuda-graph", "reduce-overhead"):
         return f"a longer prompt gives {model.family.name} larger inputs, and this code is for inputs of one size"
     if offload != "none":
@@ -60,7 +60,7 @@ def why_not_compiled(
         return f"there is no C++ compiler called {compiler} here; install one, or name another as CXX"
     if device == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler, and there is neither gcc nor clang here; install one, or name another as CC"
-    return why_not_cached(cache_folder(), cache_key(model, device, dtype, most)) if mode == "cached" else ""
+    return why_not_cached(cache_folder(), cache_key(model, device, dtype, max_batch)) if mode == "cached" else ""
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #0f14fb6f
 def use_compile(
@@ -70,13 +70,13 @@ def use_compile(
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     offload: str = "none",  # as in the settings
-    other: str = "",  # a switch that is on and that compiled code does not have; empty: none
-    most: int = 4,  # images in one call
+    conflict: str = "",  # a switch that is on and that compiled code does not have; empty: none
+    max_batch: int = 4,  # images in one call
 ) -> str:  # for the answer's "warnings"; empty: `compile_before_jobs` will compile it
     "Choose how `compile_before_jobs` compiles a pipeline's denoiser; until then it draws as it is."
     if mode == "off":
         return ""
-    if reason := why_not_compiled(mode, model, device, dtype, offload, other, most):
+    if reason := why_not_compiled(mode, model, device, dtype, offload, conflict, max_batch):
         log.warning("not compiled: %s", reason)
         return f"SDWORKER_COMPILE is {mode!r}, which is not used: {reason}."
     getattr(pipe, model.denoiser).compile_mode = mode
@@ -109,23 +109,23 @@ class RecordedForward:
         forward: Callable[..., Any],  # of a denoiser; takes and returns tensors, also nested
         device: torch.device | str,  # of the copies of the inputs
         record: Callable[..., Any] = record_cuda_graph,  # takes a call and a memory pool, as `record_cuda_graph` does
-        most: int = 8,  # graphs to keep
+        max_graphs: int = 8,  # graphs to keep
     ):
-        self.forward, self.device, self.record, self.most = forward, device, record, most
+        self.forward, self.device, self.record, self.max_graphs = forward, device, record, max_graphs
         self.graphs: OrderedDict[Any, tuple[list[torch.Tensor], Callable[[], None], Any]] = OrderedDict()
         self._pool = None
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        leaves, structure = tree_flatten((inputs, named))
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((inputs, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        sizes = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        key = (structure, sizes)
-        if key not in self.graphs:
-            while len(self.graphs) >= self.most:
+        sizes = structure, tuple(
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        if sizes not in self.graphs:
+            while len(self.graphs) >= self.max_graphs:
                 self.graphs.popitem(last=False)
-            self.graphs[key] = self._record(leaves, structure)
-        self.graphs.move_to_end(key)
-        fixed, replay, output = self.graphs[key]
+            self.graphs[sizes] = self._record(leaves, structure)
+        self.graphs.move_to_end(sizes)
+        fixed, replay, output = self.graphs[sizes]
         for old, new in zip(fixed, tensors, strict=True):
             old.copy_(new)
         replay()
@@ -136,9 +136,9 @@ class RecordedForward:
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         copied = [leaf.to(self.device, copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        inputs, named = tree_unflatten(copied, structure)
+        inputs, kwargs = tree_unflatten(copied, structure)
         fixed = [leaf for leaf in copied if isinstance(leaf, torch.Tensor)]
-        return fixed, *self.record(lambda: self.forward(*inputs, **named), self._pool)
+        return fixed, *self.record(lambda: self.forward(*inputs, **kwargs), self._pool)
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #c0mpset1
 def compile_denoiser(
@@ -151,7 +151,7 @@ def compile_denoiser(
         return
     if mode == "reduce-overhead":
         code = torch.compile(denoiser.forward, mode=mode, fullgraph=True)
-        denoiser.forward = lambda *inputs, **named: tree_map_only(torch.Tensor, torch.clone, code(*inputs, **named))
+        denoiser.forward = lambda *inputs, **kwargs: tree_map_only(torch.Tensor, torch.clone, code(*inputs, **kwargs))
         return
     if not denoiser._repeated_blocks:  # as SD 3.5's; its longest list is what repeats
         lists = [part for part in denoiser.children() if isinstance(part, torch.nn.ModuleList)]
@@ -176,18 +176,18 @@ def is_compiled(
 def cache_folder() -> Path:
     "Where the compiler keeps what it has made."
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    compiler = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    if compiler and named == compiler.default_cache_dir():  # torch's default: no folder is named
-        named = ""
-    return Path(named or home / "sdworker" / "inductor")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    cache_dir_utils = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    if cache_dir_utils and folder == cache_dir_utils.default_cache_dir():  # torch's default: no folder is named
+        folder = ""
+    return Path(folder or home / "sdworker" / "inductor")
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #7e7fd3a6
 def cache_key(
     model: ModelInfo,  # its denoiser's configuration is read
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
-    most: int = 4,  # images in one call
+    max_batch: int = 4,  # images in one call
 ) -> dict[str, str]:  # by name, as `why_not_cached` compares and names them
     "What compiled code depends on."
     def version(package: str) -> str:
@@ -197,7 +197,7 @@ def cache_key(
             return "none"
     return {"torch": torch.__version__, "triton": version("triton"), "diffusers": version("diffusers"),
             "architecture": architecture(device), "dtype": dtype,
-            "shapes": f"1 to {most} images of {model.side} pixels",
+            "shapes": f"1 to {max_batch} images of {model.side} pixels",
             "denoiser": (model.folder / model.denoiser / "config.json").read_text(encoding="utf-8")}
 
 NOTE = "sdworker.json"  # in the cache's folder: its key
@@ -208,12 +208,12 @@ def why_not_cached(
 ) -> str:  # empty: it fits
     "Why a cache of compiled code is not used."
     try:
-        made = read_json(folder / NOTE)
+        note = read_json(folder / NOTE)
     except ModelError:
         return f"there is no cache in {folder}; `sdworker bake --compile-cache` fills it"
     for name, value in key.items():
-        if made.get(name) != value:
-            made_for = "another denoiser" if name == "denoiser" else f"{name} {made.get(name)}, and here is {value}"
+        if note.get(name) != value:
+            made_for = "another denoiser" if name == "denoiser" else f"{name} {note.get(name)}, and here is {value}"
             return f"the cache in {folder} was made for {made_for}"
     return ""
 
@@ -305,16 +305,16 @@ def compile_before_jobs(
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #9bc7a54b
 def fill_cache(
     engine: DiffusersEngine,  # with mode "regional"
-    most: int = 4,  # images in one call
+    max_batch: int = 4,  # images in one call
 ) -> Path:  # the folder
     "Compile into the cache's folder, or raise `ModelError`."
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    compile_before_jobs(engine, range(1, most + 1))
+    compile_before_jobs(engine, range(1, max_batch + 1))
     if not is_compiled(getattr(engine.pipe, engine.model.denoiser)):
         raise ModelError(" ".join(engine.warnings) or "nothing here is to be compiled; load with 'regional'.",
                          lasting=True)
-    key = cache_key(engine.model, engine.device, engine.dtype, most=most)
+    key = cache_key(engine.model, engine.device, engine.dtype, max_batch=max_batch)
     write_file(folder / NOTE, json.dumps(key, indent=1).encode())
     return folder

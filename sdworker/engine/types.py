@@ -101,7 +101,7 @@ class SamplingParams:
     refiner_start: float | None = 1.0  # 0..1; share of the noise after which a refiner draws; None: `draw` decides
 
     @property
-    def guided(self) -> int:
+    def guided_steps(self) -> int:
         "Steps with guidance."
         return math.ceil(self.steps * self.guidance_stop) if self.guidance > 1 else 0
 
