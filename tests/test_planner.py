@@ -14,15 +14,15 @@ from sdworker.core.model_info import EMBEDDED, ModelInfo, read_model_info
 from sdworker.embedded.tiny_models import MINIATURES, miniature
 from sdworker.engine.diffusers_pipeline import load_pipeline
 from sdworker.engine.generate import generate
-from sdworker.engine.memory_planner import PICTURE_TOKENS, Way, activations, bytes_of, meta_components, peak_bytes
+from sdworker.engine.memory_planner import SOURCE_TOKENS, Way, activations, bytes_of, meta_components, peak_bytes
 from sdworker.engine.pipeline import FamilyEngine
 from sdworker.lab.bench import gpu_suite
 
 READER = "processor/preprocessor_config.json"
 LONG = {  # by pipeline and file: configurations for prompts and pictures as long as the real models read
     "ZImagePipeline": {"transformer/config.json": {"axes_lens": [1024, 32, 32]}},
-    "QwenImageEditPipeline": {READER: {"max_pixels": PICTURE_TOKENS * 28**2}},
-    "QwenImageEditPlusPipeline": {READER: {"max_pixels": PICTURE_TOKENS * 28**2}}}
+    "QwenImageEditPipeline": {READER: {"max_pixels": SOURCE_TOKENS * 28**2}},
+    "QwenImageEditPlusPipeline": {READER: {"max_pixels": SOURCE_TOKENS * 28**2}}}
 PLUS = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -59,8 +59,8 @@ def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
     if edits:  # its text encoder reads all of a prompt: 64 tokens of the template, 512 others, and the picture's
         plus = "Plus" in pipeline  # which makes less of a picture, and writes more around it
         template = engine.pipe.prompt_template_encode.format(PLUS if plus else "")
-        there = len(engine.pipe.tokenizer(template).input_ids) - 1 + (14 * 14 if plus else PICTURE_TOKENS)
-        words, picture = "a" * (64 + 512 + PICTURE_TOKENS - there), Image.new("RGB", (1024, 1024))
+        there = len(engine.pipe.tokenizer(template).input_ids) - 1 + (14 * 14 if plus else SOURCE_TOKENS)
+        words, picture = "a" * (64 + 512 + SOURCE_TOKENS - there), Image.new("RGB", (1024, 1024))
     generate(engine, words, negative_prompt=words, width=64, height=64, steps=1, guidance=3.0, seed=1, n=batch,
              image=picture)
     computed = activations(meta_components(model, dtype), Way(batch), 64, 64, edits=edits)

@@ -34,13 +34,13 @@ def use_vae(
 # %% ../../nbs/2_engine/06_offload.ipynb #9f380657
 def use_memory(
     pipe: "DiffusionPipeline",  # its weights must still be on the CPU if `offload` is not "none"
-    vae: str = "full",  # "full", "sliced" or "tiled"
+    vae_decode: str = "full",  # "full", "sliced" or "tiled"
     offload: str = "none",  # "none", "model" or "sequential"
     channels_last: bool = False,  # store convolution weights in this order
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> str:  # what could not be applied, for the answer's "warnings"; empty: everything was applied
     "Set how a pipeline uses memory."
-    use_vae(pipe.vae, vae)
+    use_vae(pipe.vae, vae_decode)
     warning = _store_channels_last(denoiser_of(pipe), pipe.vae) if channels_last else ""
     if offload == "none":
         return warning

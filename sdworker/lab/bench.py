@@ -447,9 +447,10 @@ def _memory(bed: _Bed) -> dict[str, Any]:
     "Bytes by way of drawing: computed, and on a GPU measured."
     sizes, side = {}, bed.both["width"]
     for way in (Way(1), Way(4), Way(4, "sliced"), Way(4, "tiled")):
-        _, peak = bed.peak(lambda: engine_with(Switch({"vae_decode": way.vae}), bed.model, bed.device), way.batch,  # noqa: B023
-                           {"steps": 1})
-        sizes[f"{way.batch} at once, VAE {way.vae}"] = {
+        _, peak = bed.peak(
+            lambda: engine_with(Switch({"vae_decode": way.vae_decode}), bed.model, bed.device),  # noqa: B023
+            way.batch, {"steps": 1})
+        sizes[f"{way.batch} at once, VAE {way.vae_decode}"] = {
             "computed": needed(bed.parts(), way, side, side, edits=bed.model.family.edits),
             "measured": peak or ("out of memory" if bed.device == "cuda" else "not measured")}
     return sizes

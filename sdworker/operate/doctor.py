@@ -198,7 +198,8 @@ def memory(
                        "Choose a GPU with more memory, or see what else runs on this one.")
     way = planned.way
     return Finding("memory", "warn", f"{batch} image(s) at once take {required / 1e9:.2f} GB, {free}.",
-                   f"SDWORKER_MAX_BATCH={way.batch} SDWORKER_VAE_DECODE={way.vae} SDWORKER_OFFLOAD={way.offload} fits.")
+                   f"SDWORKER_MAX_BATCH={way.batch} SDWORKER_VAE_DECODE={way.vae_decode} "
+                   f"SDWORKER_OFFLOAD={way.offload} fits.")
 
 # %% ../../nbs/6_operate/05_doctor.ipynb #47be4e3d
 def bytecode(
