@@ -42,12 +42,12 @@ def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
 
 CUT = """
 import sdworker.serve.handler, pathlib, sys
-look = sdworker.serve.handler._start_prefetch
+look = sdworker.serve.handler._prefetch_and_count
 def cut_after(queue):
     result, weights = look(queue), pathlib.Path(sys.argv[1])
     weights.write_bytes(weights.read_bytes()[:-1000])
     return result
-sdworker.serve.handler._start_prefetch = cut_after
+sdworker.serve.handler._prefetch_and_count = cut_after
 from sdworker.cli.main import app
 app(["start"])
 """

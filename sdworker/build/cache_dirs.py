@@ -100,8 +100,8 @@ def need_space(
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ModelError(f"{purpose} needs {_size(needed)} in {folder}, and {_size(free)} are free: "
-                         f"{_size(needed - free)} are missing; free that much or choose a folder on another disk.")
+        raise ModelError(f"{purpose} needs {_readable(needed)} in {folder}, and {_readable(free)} are free: "
+                         f"{_readable(needed - free)} are missing; free that much or choose a folder on another disk.")
 
-def _size(size: int) -> str:
+def _readable(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

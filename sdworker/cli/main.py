@@ -127,9 +127,9 @@ def _remote(endpoint: str, payload: dict, out: Path, shown: bool) -> dict:
             raise
         if job.error or job.status != "COMPLETED":
             raise ClientError(job.error or f"job {job.id} is {job.status}.")
-        paths, took = job.save(out), job.output["timings"]["total"] / len(job.output["images"])
+        paths, seconds_each = job.save(out), job.output["timings"]["total"] / len(job.output["images"])
     prompts = [prompt for prompt in payload["prompt"] for _ in range(payload["num_images"])]
-    images = [{"path": str(path), "prompt": prompt, "seed": seed, "seconds": round(took, 3)}
+    images = [{"path": str(path), "prompt": prompt, "seed": seed, "seconds": round(seconds_each, 3)}
               for path, prompt, seed in zip(paths, prompts, job.output["seeds"], strict=True)]
     return {"images": images} | {name: job.output[name] for name in ("timings", "warnings", "model")}
 
@@ -212,7 +212,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str
     return manifest
 
 # %% ../../nbs/9_cli/02_main.ipynb #dbd74e5e
-def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
+def _aot(model_folder: Path | None, name: str | None, device: str | None, shown: bool) -> dict:
     "Compile a model; returns its AOT package's folder, size in bytes and lowest PSNR in dB."
     from sdworker.build.cache_dirs import aot_dirs, prepare_cache_folders
     from sdworker.core.model_info import ModelError, read_json
@@ -223,10 +223,10 @@ def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) 
         from sdworker.aot.export import export_package
         from sdworker.aot.selection import unsupported_by_aot
 
-        settings, model_info, place = _to_compile(model, name, device)
-        if reason := unsupported_by_aot(settings, model_info):
+        settings, model, device, dtype = _to_compile(model_folder, name, device)
+        if reason := unsupported_by_aot(settings, model):
             raise ModelError(f"no worker would draw with an AOT package here: {reason}.", lasting=True)
-        folder = export_package(model_info, aot_dirs(settings)[0], *place, settings.quantize, on_progress)
+        folder = export_package(model, aot_dirs(settings)[0], device, dtype, settings.quantize, on_progress)
         size = sum(path.stat().st_size for path in folder.iterdir())
         report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "aot.json")["psnr"]}
     if shown:
@@ -234,7 +234,7 @@ def _aot(model: Path | None, name: str | None, device: str | None, shown: bool) 
                    f"{report['psnr']:.0f} dB from diffusers at worst")
     return report
 
-def _to_compile(model: Path | None, name: str | None, device: str | None):
+def _to_compile(model_folder: Path | None, name: str | None, device: str | None):
     "Return the settings, the model's information, its device and its number format."
     from sdworker.build.locate import locate_or_download
     from sdworker.core.model_info import read_model_info
@@ -243,20 +243,20 @@ def _to_compile(model: Path | None, name: str | None, device: str | None):
 
     settings = get_settings()
     settings = settings.model_copy(update={"device": device or settings.device})
-    model_info = with_preset(read_model_info(model or locate_or_download(settings), name or settings.model),
-                             settings.few_step)
-    return settings, model_info, place(settings, model_info.family.gpu_dtype)
+    model = with_preset(read_model_info(model_folder or locate_or_download(settings), name or settings.model),
+                        settings.few_step)
+    return settings, model, *place(settings, model.family.gpu_dtype)
 
 # %% ../../nbs/9_cli/02_main.ipynb #566396a4
-def _compile(model: Path | None, name: str | None, device: str | None, shown: bool) -> str:
+def _compile(model_folder: Path | None, name: str | None, device: str | None, shown: bool) -> str:
     "Fill the compiler's cache for later starts; returns its folder."
     with plain_errors(), bar(shown and sys.stderr.isatty(), "compiling"):
         from sdworker.engine.build_pipeline import build_pipeline, defaults
         from sdworker.engine.torch_compile import fill_cache
 
-        settings, model_info, place = _to_compile(model, name, device)
+        settings, model, device, dtype = _to_compile(model_folder, name, device)
         folder = fill_cache(
-            build_pipeline(defaults(compile="regional", max_batch=settings.max_batch), model_info, *place),
+            build_pipeline(defaults(compile="regional", max_batch=settings.max_batch), model, device, dtype),
             settings.max_batch)
     if shown:
         typer.echo(f"{folder}: compiled code for SDWORKER_COMPILE=cached")

@@ -89,19 +89,19 @@ def handler(
     job: dict[str, Any],  # the SDK's: "id" and "input"
 ) -> dict[str, Any]:  # the response, or {"error": text}
     "Answer one job; never raises."
-    start, job = time.perf_counter(), job if isinstance(job, dict) else {}
+    began, job = time.perf_counter(), job if isinstance(job, dict) else {}
     try:
         answer = respond(job.get("input"))
-        answer["timings"]["total"] = round(time.perf_counter() - start, 4)
+        answer["timings"]["total"] = round(time.perf_counter() - began, 4)
     except Exception as error:  # a name that outlived this block would keep the tensors of the failed call
         outcome, answer = "failed", {"error": "the worker failed; its log has the details. Other jobs go on."}
         with suppress(Exception):  # from an error whose text cannot be read
             outcome, answer = failure(error)
-        _record(job, outcome, time.perf_counter() - start, answer, error)
+        _record(job, outcome, time.perf_counter() - began, answer, error)
         if isinstance(error, ModelError) and error.lasting:
             give_up(error)  # last, since it drops the traceback
     else:
-        _record(job, "drawn", time.perf_counter() - start, answer)
+        _record(job, "drawn", time.perf_counter() - began, answer)
     return answer
 
 def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Exception | None = None) -> None:
@@ -160,7 +160,7 @@ def _queue_options() -> dict[str, Any]:
     return options
 
 # %% ../../nbs/5_serve/08_handler.ipynb #a53eac3c
-def _start_prefetch(queue: bool) -> int:
+def _prefetch_and_count(queue: bool) -> int:
     "Look at the model's folder and begin to read its weights; returns their parameters, 0 if files are missing."
     model = None
     try:
@@ -181,9 +181,9 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     set_up_log(settings.log)
     for warning in prepare_cache_folders():
         log.warning(warning)
-    weights = _start_prefetch(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
+    weight_bytes = _prefetch_and_count(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
     shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known after the load
-    check = checks_at_start(settings, 0 if shrinks else weights, log.warning) if queue else None
+    check = checks_at_start(settings, 0 if shrinks else weight_bytes, log.warning) if queue else None
     LEDGER.lap("worker")
     if settings.load == "eager" and not queue:
         _load_first()

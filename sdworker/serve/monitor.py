@@ -100,10 +100,10 @@ class Tally:
 
     def sums(self) -> dict[str, Any]:  # jobs by outcome; "median" and "slowest" in seconds; "busy", "shares" 0..1
         "Return the summary."
-        jobs, worked, took = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
+        jobs, worked, elapsed = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
         shares = {stage: round(seconds / worked, 3) for stage, seconds in self.stages.items()} if worked else {}
         return {**self.outcomes, "images": self.images, "median": round(jobs[len(jobs) // 2], 3),
-                "slowest": round(jobs[-1], 3), "busy": round(min(worked / took, 1.0), 3) if took else 0.0,
+                "slowest": round(jobs[-1], 3), "busy": round(min(worked / elapsed, 1.0), 3) if elapsed else 0.0,
                 "shares": shares}
 
 STAGES = ("text_encoder", "denoise", "decode", "image_encoding")  # of a job, in their order
