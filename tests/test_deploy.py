@@ -194,13 +194,13 @@ def test_without_a_yes_nothing_is_sent(account):
 @pytest.mark.parametrize("preset", ["", *(one["name"] for one in presets())])
 def test_every_preset_is_a_valid_payload(preset):
     spec = deploy.build_spec(hub_json(), preset=preset, image="you/sdworker:1")
-    for step in deploy.steps(None, spec):
+    for step in deploy.plan_steps(None, spec):
         assert Description().wrong_request("POST", f"/v2{step.path}", step.body) == []
 
 
 def test_the_server_would_notice(account):
     """A contract test that accepts anything would be none."""
-    step = deploy.steps(None, deploy.build_spec(hub_json(), image="you/sdworker:1"))[1]
+    step = deploy.plan_steps(None, deploy.build_spec(hub_json(), image="you/sdworker:1"))[1]
     wrong = {"workers": {"min": "one"}}
     with deploy.account_of() as http, pytest.raises(deploy.DeployError, match="gave 422"):
         deploy.apply(http, [deploy.Step("endpoint", "create", step.path, step.body | wrong | {"templateId": "te0"})])

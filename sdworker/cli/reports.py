@@ -201,28 +201,28 @@ def plan(
 
         sdworker plan --min 0 --idle 60 --flashboot 0.5 --gpu A100 --json
     """
-    from sdworker.operate import plan as lab
+    from sdworker.operate import plan as planner
 
-    with plain_errors(lab.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
-        base = lab.Endpoint(min_workers, max_workers, idle, delay, count, cold, flashboot=flashboot,
-                            price=lab.price_of(gpu), discount=discount)
+    with plain_errors(planner.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
+        base = planner.Endpoint(min_workers, max_workers, idle, delay, count, cold, flashboot=flashboot,
+                                price=planner.price_of(gpu), discount=discount)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
-        study = lab.study(base, load, goal, lab.DEFAULT_GRID if values == "default" else None, on_step)
+        study = planner.study(base, load, goal, planner.DEFAULT_GRID if values == "default" else None, on_step)
     if plot:
-        lab.plot(study, plot)
+        planner.plot(study, plot)
     _show_plan(study | {"estimate": estimate}, as_json)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
 def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **more) -> tuple:
     "Return the requests, and the estimate of an image's seconds where none are given."
-    from sdworker.operate import plan as lab
+    from sdworker.operate import plan as planner
 
     if trace:
-        return lab.read_trace(trace), None
+        return planner.read_trace(trace), None
     if seconds is not None:
-        return lab.poisson(a_day, seconds, **more), None
-    low, high = lab.image_seconds(gpu)
-    return lab.poisson(a_day, (low + high) / 2, **more), {"gpu": gpu, "seconds": [low, high]}
+        return planner.poisson(a_day, seconds, **more), None
+    low, high = planner.image_seconds(gpu)
+    return planner.poisson(a_day, (low + high) / 2, **more), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../../nbs/9_cli/01_reports.ipynb #ec0c8a85
 def _show_plan(study: dict, as_json: bool) -> None:
@@ -291,24 +291,24 @@ def deploy(
 # %% ../../nbs/9_cli/01_reports.ipynb #d3be6f21
 def _deploy(options: dict, hub: Path, actions: tuple[bool, bool, bool], yes: bool, as_json: bool) -> None:
     "Show the status, delete, compare, or deploy."
-    from sdworker.operate import deploy as lab
+    from sdworker.operate import deploy as deployment
     from sdworker.operate.client import KEY, ClientError
 
     dry_run, status, delete = actions
-    with plain_errors(ClientError, lab.DeployError):
+    with plain_errors(ClientError, deployment.DeployError):
         if dry_run and not os.environ.get(KEY):
             typer.echo(f"sdworker: {KEY} is not set, so this is compared with nothing.", err=True)
-            return _planned(lab, None, options, hub, True, yes, as_json)
-        with lab.account_of() as http:
+            return _planned(deployment, None, options, hub, True, yes, as_json)
+        with deployment.account_of() as http:
             if status:
-                typer.echo(json.dumps(lab.status(http, options["name"]), indent=None if as_json else 2))
+                typer.echo(json.dumps(deployment.status(http, options["name"]), indent=None if as_json else 2))
             elif delete:
                 _sure(yes, f"Delete {options['name']}, its queue and its template?")
-                deleted = lab.delete(http, options["name"])
+                deleted = deployment.delete(http, options["name"])
                 names = ", ".join(deleted) or "nothing"
                 typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted: {names}")
             else:
-                _planned(lab, http, options, hub, dry_run, yes, as_json)
+                _planned(deployment, http, options, hub, dry_run, yes, as_json)
 
 def _sure(yes: bool, question: str) -> None:
     "Ask for confirmation, unless --yes was given; exit on a no."
@@ -318,25 +318,25 @@ def _sure(yes: bool, question: str) -> None:
         raise typer.Exit(1)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #47fa57ae
-def _planned(lab, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
+def _planned(deployment, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     "Plan, print, confirm and apply."
     pairs = [one.partition("=") for one in options["env"]]
     for key, equals, _ in pairs:
         if not (key and equals):
-            raise lab.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
-    image = options["image"] or (lab.current_image(http, options["name"]) if http else "")
+            raise deployment.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
+    image = options["image"] or (deployment.current_image(http, options["name"]) if http else "")
     if not image and not dry_run:
-        raise lab.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
-                              "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
-    spec = lab.build_spec(_read(hub, lab.DeployError), options["name"], image, options["preset"],
-                          {key: value for key, _, value in pairs}, **options["scaling"])
-    todo = lab.steps(http, spec)
-    report = lab.record(todo, spec)
+        raise deployment.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
+                                     "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
+    spec = deployment.build_spec(_read(hub, deployment.DeployError), options["name"], image, options["preset"],
+                                 {key: value for key, _, value in pairs}, **options["scaling"])
+    todo = deployment.plan_steps(http, spec)
+    report = deployment.record(todo, spec)
     if not as_json:
-        typer.echo("\n".join(lab.describe(todo, spec)))
+        typer.echo("\n".join(deployment.describe(todo, spec)))
     if not dry_run and any(step.verb != "keep" for step in todo):
         _sure(yes, "Do that?")
-        report["made"] = lab.apply(http, todo)
+        report["made"] = deployment.apply(http, todo)
         if not as_json:
             typer.echo(f"done: endpoint {report['made']['endpoint']}")
     if as_json:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['API', 'TEMPLATES', 'ENDPOINTS', 'CONTAINER', 'NEW', 'SECRET', 'DeployError', 'EndpointSpec', 'build_spec', 'template',
-           'endpoint', 'find', 'differences', 'change', 'Step', 'steps', 'cost', 'shown', 'describe', 'record', 'apply',
-           'current_image', 'account_of', 'status', 'delete']
+           'endpoint', 'find', 'differences', 'change', 'Step', 'plan_steps', 'cost', 'redacted', 'describe', 'record',
+           'apply', 'current_image', 'account_of', 'status', 'delete']
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #99bb412d
 from collections.abc import Mapping
@@ -151,7 +151,7 @@ class Step:
 CONTAINER = ("image", "disk", "env")  # entries that an endpoint copies from its template when it is created
 NEW = "(the new template's id)"
 
-def steps(
+def plan_steps(
     http: httpx.Client | None,  # at `API`; None: assume an empty account, and send no request
     spec: EndpointSpec,  # the wanted endpoint
 ) -> list[Step]:  # for the template, then for the endpoint
@@ -183,25 +183,26 @@ def cost(
 
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is not shown
 
-def shown(
+def redacted(
     value: Any,  # a body, or a part of one
     name: str = "",  # of the variable
 ) -> Any:  # a copy, with *** for secrets
     "Hide the secrets in a body; a reference to a secret stored by RunPod is shown."
     if isinstance(value, Mapping):
-        return {key: shown(one, key) for key, one in value.items()}
+        return {key: redacted(one, key) for key, one in value.items()}
     secret = isinstance(value, str) and any(word in name.upper() for word in SECRET) and not value.startswith("{{")
     return "***" if secret else value
 
 def describe(
-    steps: list[Step],  # from `steps`
+    steps: list[Step],  # from `plan_steps`
     spec: EndpointSpec,  # of the same plan
 ) -> list[str]:  # lines
     "Describe a plan and its cost, for confirmation."
     lines = []
     for step in steps:
         lines.append(f"{step.verb} {step.what} {spec.name}" + (f" ({step.id})" if step.id else ""))
-        lines += [f"    {name}: {shown(old, name)} -> {shown(new, name)}" for name, (old, new) in step.changes.items()]
+        lines += [f"    {name}: {redacted(old, name)} -> {redacted(new, name)}"
+                  for name, (old, new) in step.changes.items()]
     usd = cost(spec)
     lines.append(f"{spec.scaling.minWorkers} worker(s) always on, on a {POOLS[spec.pools[0]].gpu}: "
                  f"{usd['always']:.2f} $ an hour, {24 * usd['always']:.2f} $ a day; all "
@@ -210,19 +211,19 @@ def describe(
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #0f19dd33
 def record(
-    steps: list[Step],  # from `steps`
+    steps: list[Step],  # from `plan_steps`
     spec: EndpointSpec,  # of the same plan
 ) -> dict[str, Any]:  # "name", "steps", each with "body", and "cost"
     "Make a plan's JSON, without secrets."
-    rows = [{"what": step.what, "verb": step.verb, "url": API + step.path, "body": shown(step.body),
-             "changes": {name: [shown(old, name), shown(new, name)] for name, (old, new) in step.changes.items()}}
+    rows = [{"what": step.what, "verb": step.verb, "url": API + step.path, "body": redacted(step.body),
+             "changes": {name: [redacted(old, name), redacted(new, name)] for name, (old, new) in step.changes.items()}}
             for step in steps]
     return {"name": spec.name, "steps": rows, "cost": cost(spec)}
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #2d811163
 def apply(
     http: httpx.Client,  # at `API`
-    steps: list[Step],  # from `steps`
+    steps: list[Step],  # from `plan_steps`
 ) -> dict[str, str]:  # "template" and "endpoint" -> id
     "Apply a plan; raises `DeployError` with the step that failed."
     ids = {}
@@ -262,7 +263,7 @@ def status(
     if existing is None:
         raise DeployError(f"there is no endpoint called {name!r}.")
     workers = send(http, "GET", f"{ENDPOINTS}/{existing['id']}/workers")["summary"]
-    return {"endpoint": shown(existing), "workers": workers}
+    return {"endpoint": redacted(existing), "workers": workers}
 
 def delete(
     http: httpx.Client,  # at `API`

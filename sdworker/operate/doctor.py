@@ -153,12 +153,12 @@ def attention(
     from sdworker.start.load import place
 
     model = model_info()
-    location = place(settings, model.family.gpu_dtype)
+    device, dtype = place(settings, model.family.gpu_dtype)
     try:
-        denoiser = meta_components(model, location[1])[model.denoiser]
+        denoiser = meta_components(model, dtype)[model.denoiser]
     except NotComputed as error:
         return ok("attention", f"not checked for this family: {error}.")
-    reasons = [reason for name in settings.attention.split("+") if (reason := unfit(denoiser, name, *location))]
+    reasons = [reason for name in settings.attention.split("+") if (reason := unfit(denoiser, name, device, dtype))]
     if reasons:
         return Finding("attention", "warn", f"SDWORKER_ATTENTION is {settings.attention!r}, not used: {reasons[0]}.",
                        "Leave it out: PyTorch's own attention replaces xformers.")

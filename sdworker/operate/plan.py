@@ -168,9 +168,10 @@ class _Run:
     "The state of a simulation."
     def __init__(self, endpoint: Endpoint, load: Load, seed: int):
         self.endpoint, self.load, self.random = endpoint, load, random.Random(seed)
-        self.env, self.queue, self.idle = simpy.Environment(), deque(), deque()  # idle: events that wake a worker
+        self.env, self.queue = simpy.Environment(), deque()
+        self.idle_workers = deque()  # events that wake a worker
         self.start, self.cold = np.full(len(load.arrivals), math.nan), np.zeros(len(load.arrivals), bool)
-        self.workers, self.up, self.busy = [], 0, 0
+        self.workers, self.up, self.busy_workers = [], 0, 0
         for _ in range(endpoint.min_workers):
             self.launch(active=True)
         self.env.process(self.arrive())
@@ -196,19 +197,19 @@ def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
         while queue:
             job = queue.popleft()
             self.start[job], self.cold[job], fresh = env.now, fresh, False
-            self.busy += 1
+            self.busy_workers += 1
             yield env.timeout(seconds[job])
-            self.busy -= 1
+            self.busy_workers -= 1
             worker.busy += seconds[job]
             yield env.timeout(pause := self.endpoint.pause(seconds[job]))
-        self.idle.append(wake := env.event())
+        self.idle_workers.append(wake := env.event())
         if not worker.active:
-            left = max(self.endpoint.idle - pause, 0.0)
-            env.timeout(left).callbacks.append(lambda _, wake=wake: wake.triggered or wake.succeed(True))
+            remaining = max(self.endpoint.idle - pause, 0.0)
+            env.timeout(remaining).callbacks.append(lambda _, wake=wake: wake.triggered or wake.succeed(True))
         if (yield wake):
             break
     with suppress(ValueError):
-        self.idle.remove(wake)  # unless a request has just taken it
+        self.idle_workers.remove(wake)  # unless a request has just taken it
     worker.ended = env.now
     self.up -= 1
     if queue:  # a request that arrived at this moment
@@ -219,8 +220,8 @@ def _arrive(self: _Run) -> Iterator[simpy.Event]:
     for job, moment in enumerate(self.load.arrivals):
         yield self.env.timeout(moment - self.env.now)
         self.queue.append(job)
-        while self.idle:
-            if not (wake := self.idle.popleft()).triggered:
+        while self.idle_workers:
+            if not (wake := self.idle_workers.popleft()).triggered:
                 wake.succeed(False)
                 break
         else:
@@ -233,7 +234,7 @@ def _scale(self: _Run, job: int) -> None:
     "Start workers for a request that found no idle worker."
     own = self.endpoint
     if own.count:
-        for _ in range(min(own.max_workers, -(-(len(self.queue) + self.busy) // own.count)) - self.up):
+        for _ in range(min(own.max_workers, -(-(len(self.queue) + self.busy_workers) // own.count)) - self.up):
             self.launch()
     elif not self.up:
         self.launch()
@@ -332,10 +333,10 @@ def pareto_front(
     by: str = "wait_p95",  # a report's entry, in seconds
 ) -> list[dict[str, float]]:  # the cheapest first
     "Select the settings that no other beats in both cost and time."
-    best, kept = math.inf, []
+    shortest, kept = math.inf, []
     for one in sorted(reports, key=lambda one: (one["cost_day"], one[by])):
-        if one[by] < best:
-            best = one[by]
+        if one[by] < shortest:
+            shortest = one[by]
             kept.append(one)
     return kept
 
