@@ -193,7 +193,7 @@ def test_a_worker_that_is_always_paid_is_told(tmp_path):
                                                  ({"RUNPOD_WEBHOOK_POST_OUTPUT": ""}, "results would be lost")])
 def test_a_start_that_could_not_answer_ends_before_it_takes_a_job(variables, message):
     worker_run = run_workers(OURS, [JOB], variables, limit=60, stop=False)
-    assert worker_run.code == 1 and worker_run.taken == {} and message in worker_run.log, worker_run.log
+    assert worker_run.code == 1 and worker_run.taken_at == {} and message in worker_run.log, worker_run.log
 
 
 def test_the_quick_looks_only_warn_of_what_a_worker_can_live_with(tmp_path):

@@ -73,7 +73,7 @@ def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
     assert worker_run.answers["lost"]["error"].startswith(f"{LOST} (CUDA error: an illegal memory access was "
                                                           "encountered)")
     assert worker_run.answers["lost"]["stopPod"], "the answer asks the platform to end this worker"
-    assert set(worker_run.taken) == {"drawn", "lost"}, "the others are left for another worker"
+    assert set(worker_run.taken_at) == {"drawn", "lost"}, "the others are left for another worker"
     assert worker_run.code, "the process ends by itself, and not as if all were well"
 
 
@@ -84,7 +84,7 @@ def test_a_gpu_that_is_lost_before_the_first_job(owner):
                              arrivals=[5, 5])
     assert worker_run.answers["first"]["error"].startswith(LOST), worker_run.log
     assert "damaged" not in worker_run.log
-    assert set(worker_run.taken) == {"first"} and worker_run.code
+    assert set(worker_run.taken_at) == {"first"} and worker_run.code
 
 
 def test_out_of_memory_in_a_job_is_no_lost_gpu():
@@ -159,7 +159,7 @@ def wrong_variable(monkeypatch):
 def test_settings_that_make_no_sense_at_each_door(wrong_variable):
     """A start ends with the sentence and takes no job; a handler that is called without one answers with it."""
     worker_run = run_workers(HANDLER, [job("one")], limit=60, stop=False)
-    assert worker_run.code == 1 and worker_run.log.strip() == f"sdworker: {wrong_variable}" and not worker_run.taken
+    assert worker_run.code == 1 and worker_run.log.strip() == f"sdworker: {wrong_variable}" and not worker_run.taken_at
     served = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], capture_output=True, text=True,
                             timeout=60)
     assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"

@@ -36,7 +36,7 @@ def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, limit=60, stop=False)
-    assert worker_run.code == 1 and worker_run.taken == {}, "the jobs stay in the queue"
+    assert worker_run.code == 1 and worker_run.taken_at == {}, "the jobs stay in the queue"
     assert f"sdworker: {weights} has" in worker_run.log and "Traceback" not in worker_run.log
 
 

@@ -129,13 +129,13 @@ def _with_retries(request: Callable[[], Any], tries: int = 4) -> Any:
     "Repeat a request after 1, 2 and 4 seconds, while the hub answers with a server error (5xx)."
     from huggingface_hub.errors import HfHubHTTPError
 
-    for left in reversed(range(tries)):
+    for remaining in reversed(range(tries)):
         try:
             return request()
         except HfHubHTTPError as error:
-            if not left or error.response.status_code < 500:
+            if not remaining or error.response.status_code < 500:
                 raise
-            time.sleep(2 ** (tries - 1 - left))
+            time.sleep(2 ** (tries - 1 - remaining))
 
 # %% ../../nbs/1_build/02_hub_download.ipynb #3df9d8e9
 def sha256_of(

@@ -40,11 +40,11 @@ def _write_part(source: Path, data: int, part: list[tuple[str, dict]], to: Path)
     with source.open("rb") as stream, to.open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
         stream.seek(data + begin)
-        left = end - begin
-        while left:
-            piece = stream.read(min(left, 2**24))
+        remaining = end - begin
+        while remaining:
+            piece = stream.read(min(remaining, 2**24))
             out.write(piece)
-            left -= len(piece)
+            remaining -= len(piece)
 
 # %% ../../nbs/1_build/06_layers.ipynb #9aa23d2a
 _SINGLE_FILE = re.compile(r"(diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")

@@ -262,11 +262,11 @@ def run(
     for name in sorted(suite, key=lambda name: name in state["failed"]):
         if name in state["done"]:
             continue
-        left, expected = end - time.perf_counter(), seconds.get(name, 0)
-        if left < expected:
-            state["missing"][name] = f"takes about {expected:.0f} s, and {max(left, 0):.0f} s are left"
+        remaining, expected = end - time.perf_counter(), seconds.get(name, 0)
+        if remaining < expected:
+            state["missing"][name] = f"takes about {expected:.0f} s, and {max(remaining, 0):.0f} s are left"
             continue
-        limit = min(3 * expected, left + 15)
+        limit = min(3 * expected, remaining + 15)
         cut_at = time.time() + limit if limit < 3 * expected and not first else None  # a later call has more time
         first = False
         on_progress(len(state["done"]), len(suite), name)

@@ -32,9 +32,9 @@ from sdworker.lab.coldstart import (
     interleaved,
     libraries,
     median_run,
+    naive_worker,
     sdxl_sized,
     torch_alone,
-    usual_worker,
 )
 
 if TYPE_CHECKING:  # a process that has torch mapped cannot drop it from the system's cache, so it is imported late
@@ -66,7 +66,7 @@ def starts(
     folder = EMBEDDED if model == "embedded" else Path(model)
     ours = {"SDWORKER_MODEL": model, "SDWORKER_AOT_DIR": str(aot_dir.resolve())} | dict(extra or {})
     workers = {name: (OURS, ours | {"SDWORKER_ENGINE": name}) for name in ("aot", "diffusers")}
-    workers["naive"] = usual_worker(folder, naive_with_ledger())
+    workers["naive"] = naive_worker(folder, naive_with_ledger())
     cold = libraries() + weight_files(folder) + list(aot_dir.glob("*/*"))
     payload = explicit_job(read_model_info(folder), width=side, height=side, num_inference_steps=steps)
     evicted, torch_seconds = evict(cold), []

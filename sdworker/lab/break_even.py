@@ -82,7 +82,7 @@ def measure(
     results = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as scratch:
-            caches = {mode: Path(scratch, "whole" if mode == "reduce-overhead" else "blocks") for mode in modes}
+            caches = {mode: Path(scratch, "denoiser" if mode == "reduce-overhead" else "blocks") for mode in modes}
             results.append({mode: measure_in_process(mode, cache, repeat) for mode, cache in caches.items()})
     return {mode: {key: median(one[mode][key] for one in results) for key in results[0][mode]} for mode in modes}
 
@@ -112,10 +112,10 @@ def table(
     record: Mapping[str, Mapping[str, Any]],  # "modes", from `measure`, and "starts"
 ) -> list[tuple[str, ...]]:  # headings, then a row for each mode
     "When each mode has paid off, if its gain is more than noise."
-    modes = record["modes"]
-    plain = modes["off"]["image"]
+    medians = record["modes"]
+    plain = medians["off"]["image"]
     lines = [("compile", "first answer, s", "prepare, s", "an image, s", "ratio", "repaid after")]
-    for mode, one in modes.items():
+    for mode, one in medians.items():
         images = break_even(one["prepare"], plain, one["image"])
         noise = one["prepare"] > 0 and abs(one["image"] / plain - 1) < NOISE
         repaid = ("not in sight" if noise else "at once" if one["prepare"] == 0 else

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAIVE', 'OURS', 'READ', 'STAGED', 'THREAD', 'NO_PREFETCH', 'evict', 'cached', 'libraries', 'start_once',
-           'usual_worker', 'explicit_job', 'interleaved', 'torch_alone', 'coldstart', 'median_run', 'waterfall', 'plot',
+           'naive_worker', 'explicit_job', 'interleaved', 'torch_alone', 'coldstart', 'median_run', 'waterfall', 'plot',
            'sdxl_sized', 'staged_workers', 'read_floor', 'sized', 'main']
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #a4d6aa0f
@@ -114,12 +114,12 @@ def start_once(
         ended = f"no answer in {limit:g} s" if worker_run.code is None else f"it ended with code {worker_run.code}"
         last = "\n".join(worker_run.log.strip().splitlines()[-5:])
         raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last words: {last}'}")
-    return {"seconds": worker_run.seconds["first"], "taken": worker_run.taken["first"], "output": answer["output"]}
+    return {"seconds": worker_run.seconds["first"], "taken": worker_run.taken_at["first"], "output": answer["output"]}
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #df8f7bac
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
 
-def usual_worker(
+def naive_worker(
     folder: Path,  # of the model
     script: str = NAIVE,  # the worker's code
 ) -> tuple[list[str], dict[str, str]]:  # command and environment
@@ -183,7 +183,7 @@ def coldstart(
         torch_seconds.append(torch_alone(files if evicted else []))
         on_start()
     workers = {"ours": (OURS, {"SDWORKER_ENGINE": engine} if engine else {})}
-    workers |= {against: usual_worker(locate_or_download(get_settings()))} if against else {}
+    workers |= {against: naive_worker(locate_or_download(get_settings()))} if against else {}
     runs = interleaved(workers, explicit_job(model_info()), repeat, files if evicted else [], on_start, measure_torch)
     report: dict[str, Any] = {"model": get_settings().model, "engine": engine or get_settings().engine,
                               "repeat": repeat,
@@ -322,7 +322,7 @@ def staged_workers(
     ours = {"ours": "", "ours, no prefetch": NO_PREFETCH, "ours, a thread": THREAD}
     scripts = {name: f"{STAGED}\n{change}\nsdworker.serve.handler.start()" for name, change in ours.items()}
     return {name: ([sys.executable, "-c", script], environment) for name, script in scripts.items()} | {
-        "naive": usual_worker(folder, naive)}
+        "naive": naive_worker(folder, naive)}
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #6fabae05
 def read_floor(

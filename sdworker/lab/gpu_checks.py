@@ -135,12 +135,12 @@ def against_processor(
     from sdworker.lab.quality import draw_pairs
 
     pairs, results = _pairs(setup, 20), {}
-    wanted = [image for _, image in draw_pairs(embedded_engine("cpu", "float32"), pairs, 10)]
+    reference = [image for _, image in draw_pairs(embedded_engine("cpu", "float32"), pairs, 10)]
     for dtype in formats(setup):
         images = [image for _, image in draw_pairs(embedded_engine(setup.device, dtype), pairs, 10)]
-        decibels = [min(psnr(*both), 99.0) for both in zip(images, wanted, strict=True)]
+        decibels = [min(psnr(*both), 99.0) for both in zip(images, reference, strict=True)]
         results[dtype] = {"worst": min(decibels), "median": statistics.median(decibels), "same scene": sum(
-            check(ours) == check(theirs) for ours, theirs in zip(images, wanted, strict=True)) / len(pairs)}
+            check(ours) == check(theirs) for ours, theirs in zip(images, reference, strict=True)) / len(pairs)}
     return {"passed": min(one["worst"] for one in results.values()) >= LEAST_DB, **results}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00021
@@ -219,7 +219,7 @@ def worker(
     outputs = {job: answer.get("output") or {"error": answer.get("error")} for job,
                answer in worker_run.answers.items()}
     drawn = {job: output for job, output in outputs.items() if output.get("images")}
-    overheads = [worker_run.seconds[job] - worker_run.taken[job] - sum(output["timings"][name] for name in DRAWING)
+    overheads = [worker_run.seconds[job] - worker_run.taken_at[job] - sum(output["timings"][name] for name in DRAWING)
               for job, output in drawn.items() if job != "job-0"]
     warnings = sorted({text for output in drawn.values() for text in output.get("warnings", ())})
     used = not any(name in text for name in environment for text in warnings)  # else a warning gives the reason

@@ -297,7 +297,8 @@ def job_overhead(
         raise ChildProcessError(f"not all jobs were answered: {worker_run.log[-1500:]}")
     rows = {}
     for job in (one["id"] for one in jobs[1:]):
-        timings, total = worker_run.answers[job]["output"]["timings"], worker_run.seconds[job] - worker_run.taken[job]
+        timings = worker_run.answers[job]["output"]["timings"]
+        total = worker_run.seconds[job] - worker_run.taken_at[job]
         drawing = sum(timings[stage] for stage in DRAWING)
         rows[job] = {"whole": total, "in the worker": timings["total"], "beside drawing": total - drawing}
     return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))

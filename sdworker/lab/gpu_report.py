@@ -191,20 +191,20 @@ class Report(_Record):
         limit: float = math.inf,  # time limit in seconds
     ) -> Any:  # the result of `call`, of this or an earlier call; None: it was skipped or failed
         "Run a part without a result if there is time, and write the record. Raises `SystemExit` if the GPU is lost."
-        earlier, left = self.parts.get(name, {}), self.setup.seconds_left()
+        earlier, remaining = self.parts.get(name, {}), self.setup.seconds_left()
         tries = earlier.get("tries", 0)
         if self.only and not name.startswith(self.only):
             return earlier.get("result")
         if not self.only and ("result" in earlier or tries >= TRIES):
             print(f"---- {name}: from an earlier call")
             return earlier.get("result")
-        if left < needs:
-            print(f"---- {name}: left out, {needs:.0f} s needed, {left:.0f} s left")
-            self.parts.setdefault(name, {"left_out": f"{needs:.0f} s needed, {left:.0f} s left"})
+        if remaining < needs:
+            print(f"---- {name}: left out, {needs:.0f} s needed, {remaining:.0f} s left")
+            self.parts.setdefault(name, {"left_out": f"{needs:.0f} s needed, {remaining:.0f} s left"})
             return self.write()
         begun = time.perf_counter()
         try:
-            with time_limit(min(limit, left + 15)):
+            with time_limit(min(limit, remaining + 15)):
                 entry = {"result": call()}
         except (Exception, SystemExit) as error:
             entry = {"error": f"{type(error).__name__}: {error}"[:2000], "tries": tries + 1,

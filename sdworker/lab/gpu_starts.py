@@ -29,10 +29,10 @@ from sdworker.lab.coldstart import (
     explicit_job,
     libraries,
     median_run,
+    naive_worker,
     read_floor,
     start_once,
     torch_alone,
-    usual_worker,
 )
 from .gpu_headline import image_request, machine_of
 from .gpu_report import Report, Setup, run_process, run_script, sdxl_folder
@@ -131,7 +131,7 @@ def workers_of(
     model = sdxl_folder(setup)
     ours = {"SDWORKER_MODEL": str(model), "SDWORKER_DEVICE": setup.device, "SDWORKER_ENGINE": "diffusers"}
     script = f"import sdworker.start.timeline, sdworker.serve.handler\n{NO_PREFETCH}\nsdworker.serve.handler.start()"
-    workers = {"diffusers": (OURS, ours), "naive": usual_worker(model, naive_with_ledger()),
+    workers = {"diffusers": (OURS, ours), "naive": naive_worker(model, naive_with_ledger()),
                "no prefetch": ([sys.executable, "-c", script], ours)}
     workers |= {load: (OURS, ours | {"SDWORKER_LOAD": load}) for load in ("eager", "lazy")}
     if aot:
@@ -146,9 +146,9 @@ def start(
     limit: float,  # seconds
 ) -> dict[str, Any]:  # "seconds" to the answer, "taken" (to the job), "cold" (whether the files were gone), "rows"
     "Start a worker once, with a job waiting. Raises `ChildProcessError`."
-    gone = evict(cold)
+    evicted = evict(cold)
     run = start_once(worker[0], payload, worker[1], limit)
-    return {"seconds": run["seconds"], "taken": run["taken"], "cold": gone,
+    return {"seconds": run["seconds"], "taken": run["taken"], "cold": evicted,
             "rows": run["output"].get("timings", {}).get("cold_start")}
 
 def start_all(
@@ -284,12 +284,13 @@ def _write_starts(
 def _start_rows(starts: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     "A row for each worker, with its ratio to the usual one."
     rows = ["| from exec to the answer | s | range | job taken at | ratio |", "|---|--:|--:|--:|--:|"]
-    usual = starts.get("naive")
+    naive = starts.get("naive")
     for name, words in names.items():
         if one := starts.get(name):
-            ratio = f"{one['median'] / usual['median']:.2f}" if usual else ""
-            taken = f"{one['taken']:.2f}" if "taken" in one else ""
-            rows.append(f"| {words} | {one['median']:.2f} | {one['min']:.2f} to {one['max']:.2f} | {taken} | {ratio} |")
+            ratio = f"{one['median'] / naive['median']:.2f}" if naive else ""
+            seconds_to_take = f"{one['taken']:.2f}" if "taken" in one else ""
+            rows.append(f"| {words} | {one['median']:.2f} | {one['min']:.2f} to {one['max']:.2f} | {seconds_to_take} "
+                        f"| {ratio} |")
     return rows
 
 def _cache(starts: Mapping[str, Any]) -> str:

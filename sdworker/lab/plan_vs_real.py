@@ -36,10 +36,10 @@ def measured(
 ) -> tuple[Load, np.ndarray]:  # the load, and each job's seconds from its arrival until it was taken
     "The real run in the terms of the simulation."
     names = [f"job-{k}" for k in range(len(arrivals))]
-    taken = np.array([worker_run.taken[name] for name in names]) - worker_run.opened
+    taken_at = np.array([worker_run.taken_at[name] for name in names]) - worker_run.opened
     answered = np.array([worker_run.seconds[name] for name in names]) - worker_run.opened
     arrived = np.array(arrivals)
-    return Load(arrived, answered - taken, np.ones(len(names))), taken - arrived
+    return Load(arrived, answered - taken_at, np.ones(len(names))), taken_at - arrived
 
 # %% ../../nbs/8_lab/08_plan_vs_real.ipynb #cf08bace
 def compared(

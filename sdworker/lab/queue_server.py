@@ -26,7 +26,7 @@ class WorkerRun:
     "A record of the workers at the queue."
     answers: dict[str, dict] = field(default_factory=dict)  # by job id: what the SDK posted
     seconds: dict[str, float] = field(default_factory=dict)  # by job id: when it was answered
-    taken: dict[str, float] = field(default_factory=dict)  # by job id: when a worker took it
+    taken_at: dict[str, float] = field(default_factory=dict)  # by job id: when a worker took it
     pings: list[float] = field(default_factory=list)  # when each heartbeat came
     workers: dict[str, str] = field(default_factory=dict)  # by job id: the worker that took it
     opened: float = 0.0  # when all workers had requested a job
@@ -73,7 +73,7 @@ class Queue(_Line):
         worker = request.match_info["worker"]
         for _ in range(10):
             if job := self.next(worker):
-                self.worker_run.taken[job["id"]], self.worker_run.workers[job["id"]] = self.now(), worker
+                self.worker_run.taken_at[job["id"]], self.worker_run.workers[job["id"]] = self.now(), worker
                 return web.json_response(job)
             await asyncio.sleep(0.02)
         return web.Response(status=204)
