@@ -62,7 +62,7 @@ def _tensors_of(path: Path, sample_bytes: int) -> Iterator[tuple[str, dict[str, 
             yield key, entry, stream.read(length)
 
 # %% ../../nbs/3_aot/02_engine.ipynb #f7248d5c
-LAYOUT = 2  # version of an AOT package's files
+LAYOUT = 3  # version of an AOT package's files
 MOST_IMAGES, MOST_SIDE = 16, 2048  # in one call; pixels
 
 def ranges(
@@ -313,7 +313,7 @@ def denoise_by_table(
 ) -> torch.Tensor:  # latents
     "Denoise from pure noise with the compiled denoiser and a sampler's table."
     about, guided_steps = engine.about, iter(range(_guided_steps(engine, params)))
-    fixed = [_conditioning(name, engine, encoded, params) for name in about["told"]]
+    fixed = [_conditioning(name, engine, encoded, params) for name in about["conditioning_inputs"]]
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
         calls = len(fixed[0]) if next(guided_steps, None) is not None else len(specs)
         batch = latents.repeat(calls // len(specs), 1, 1, 1)

@@ -301,7 +301,8 @@ def _make(model: ModelInfo, key: dict[str, Any], to: Path, on_progress: Callable
         on_progress(done, 6, f"compiling: {name}")
         constants |= compile_part(part, inputs[name], bounds, to / f"{name}.pt2", device)
     on_progress(4, 6, "samplers")
-    about = {"key": key, "name": model.name, "parts": inputs, "bounds": bounds, "told": conditioning_inputs(pipe)}
+    about = {"key": key, "name": model.name, "parts": inputs, "bounds": bounds,
+             "conditioning_inputs": conditioning_inputs(pipe)}
     about |= _write_all(model, pipe, constants, to)
     (to / ABOUT).write_text(json.dumps(about))
     on_progress(5, 6, "drawing with it")

@@ -223,7 +223,7 @@ def bake(
             identity = {name: listing.manifest[name] for name in identity}
         identity |= {"repository": listing.repository, "revision": listing.revision}
         return _baked_before(to, identity, on_progress) or _bake(
-            listing, to, identity | {"asked": revision or listing.revision}, on_progress)
+            listing, to, identity | {"requested_revision": revision or listing.revision}, on_progress)
 
 # %% ../../nbs/1_build/04_bake.ipynb #76369e35
 def log_every_tenth(

@@ -42,7 +42,7 @@ def _lookup_baked(
         manifest = read_manifest(folder)
         if manifest["repository"] != settings.model:
             return LookupResult(place, folder, f"it holds {manifest['repository']}")
-        if settings.revision not in (None, manifest["revision"], manifest["asked"]):
+        if settings.revision not in (None, manifest["revision"], manifest["requested_revision"]):
             return LookupResult(place, folder, f"it holds commit {manifest['revision']}")
         if settings.addons not in ("", manifest["addons"]):
             return LookupResult(place, folder, f"it was baked with the add-ons {manifest['addons']!r}")

@@ -47,7 +47,7 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     repository: str
     revision: str  # commit
-    asked: str | None  # as it was requested: a branch, a tag, or the same commit
+    requested_revision: str | None  # a branch, a tag, or the same commit
     license: str | None
     pipeline: str
     variant: str
@@ -69,7 +69,7 @@ MANIFEST = "manifest.json"
 
 def read_manifest(
     folder: Path,  # that has been baked
-) -> dict:  # repository, revision, asked, license, pipeline, variant, addons, bytes, files, fused
+) -> dict:  # repository, revision, requested_revision, license, pipeline, variant, addons, bytes, files, fused
     "Read a baked folder's manifest; raises `ModelError` if it is missing or damaged."
     if not (folder / MANIFEST).exists():
         raise ModelError(f"{folder} has no {MANIFEST}, so it was not baked; make it with `sdworker bake`.")
