@@ -45,9 +45,6 @@ class JobRequest(Request):
         return {"kind": self.image_format or "png", "quality": self.image_quality}
 
 # %% ../../nbs/5_serve/02_request.ipynb #f3929c70
-class RequestError(ValueError):
-    "A request that cannot be carried out; the message is for its sender."
-
 def _breaches(request: JobRequest, model: ModelInfo, limits: Settings) -> Iterator[str]:
     "Each limit that a request breaks, as a sentence."
     if not all(prompt.strip() for prompt in request.prompt):
@@ -111,6 +108,10 @@ def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
         able = " and ".join(known.name for known in FAMILIES.values() if known.staged)
         yield (f"guidance_stop is {request.guidance_stop:g}: guidance ends early only from noise, with {able}; leave "
                "it out.")
+
+# %% ../../nbs/5_serve/02_request.ipynb #d72dc3a2
+class RequestError(ValueError):
+    "A request that cannot be carried out; the message is for its sender."
 
 # %% ../../nbs/5_serve/02_request.ipynb #ac1c5ae8
 MOST_PIXELS = 16_000_000  # of a picture that comes in
