@@ -89,18 +89,20 @@ def test_who_shows_a_record_names_its_torch(path):
     assert not shown or "measured_on(" in code or path.stem == "06_layers", "the image's own record lists its versions"
 
 
+EXPORTS = re.compile(r"#\|\s*exports?\b")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_exported_definitions_have_an_example(name):
-    """Every exported function is used in a cell that is not exported; only `main` is left to the system tests."""
-    exported, examples = [], ""
-    for text in (source(cell) for cell in cells(MODULES[name]) if cell["cell_type"] == "code"):
-        if re.match(r"#\|\s*exports?\b", text):
-            exported += [node.name for node in ast.parse(text).body
-                         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main"]
-        else:
-            examples += text
-    unused = [definition for definition in exported if not re.search(rf"\b{definition}\b", examples)]
-    assert not unused, f"no example uses {unused}"
+    """One of the next two code cells is not exported, and names the function or class."""
+    code = [source(cell) for cell in cells(MODULES[name]) if cell["cell_type"] == "code"]
+    missing = []
+    for at, text in enumerate(code):
+        examples = "\n".join(after for after in code[at + 1:at + 3] if not EXPORTS.match(after))
+        defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                   and not node.name.startswith("_")] if EXPORTS.match(text) else []
+        missing += [definition for definition in defined if not re.search(rf"\b{definition}\b", examples)]
+    assert not missing, f"no example follows {', '.join(missing)}"
 
 
 def test_a_module_lies_in_its_notebooks_chapter():
