@@ -154,7 +154,7 @@ def definitions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, as
     """Public functions, methods and fields with their qualified names."""
     for node in body:
         name = getattr(node, "name", "") or ast.unparse(getattr(node, "target", ast.Name("_")))
-        if name.startswith("_") and name != "__init__":
+        if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
         if isinstance(node, ast.ClassDef):
             yield from definitions(node.body, f"{name}.")
@@ -174,38 +174,46 @@ def raised(body: list[ast.AST]) -> Iterator[str]:
             yield from raised(list(ast.iter_child_nodes(node)))
 
 
-def undocumented(path: Path, protocol: set[str]) -> Iterator[str]:
+def methods(node: ast.ClassDef) -> dict[str, list[str]]:
+    """The names of each method's parameters."""
+    return {method.name: [argument.arg for argument in method.args.args]
+            for method in node.body if isinstance(method, ast.FunctionDef)}
+
+
+def undocumented(path: Path, protocol: dict[str, list[str]]) -> Iterator[str]:
     """Parameters, fields and results without a comment on their line, and exceptions that no docstring names."""
     text = path.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    tree = ast.parse(text)
+    referring = {f"{node.name}.{method}" for node in tree.body if isinstance(node, ast.ClassDef)
+                 and "`Engine`" in (ast.get_docstring(node) or "") for method, parameters in methods(node).items()
+                 if protocol.get(method) == parameters}  # `Engine` documents these
 
     def has_comment(node: ast.AST) -> bool:
         return any(line in commented for line in range(node.lineno, node.end_lineno + 1))
-    for name, node in definitions(ast.parse(text).body):
+    for name, node in definitions(tree.body):
         if isinstance(node, ast.AnnAssign):
             yield from [name] if not has_comment(node) and "description=" not in ast.unparse(node) else []
             continue
-        if name.partition(".")[2] in protocol:  # `Engine` documents it
+        doc = ast.get_docstring(node) or ""
+        yield from (f"{name} raises {error}" for error in raised(node.body) if error not in doc)
+        if name in referring:
             continue
         arguments = [argument for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
         yield from (f"{name}({argument.arg})" for argument in arguments if argument.arg not in ("self", "cls")
                     and not has_comment(argument) and "help=" not in ast.unparse(argument))  # typer's
-        doc = ast.get_docstring(node) or ""
         if node.returns and not has_comment(node.returns) and (
                 not doc or re.search(r"\b(Any|dict|list|tuple)\b", ast.unparse(node.returns))):
             yield f"{name} -> {ast.unparse(node.returns)}"
-        yield from (f"{name} raises {error}" for error in raised(node.body) if error not in doc)
 
 
 def test_public_parameters_fields_results_and_exceptions_are_documented():
     """In a comment on the same line; a result's docstring is enough where its type says the rest."""
     tree = ast.parse((ROOT / "sdworker" / "engine" / "types.py").read_text(encoding="utf-8"))
     engine = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Engine")
-    methods = {node.name for node in engine.body if isinstance(node, ast.FunctionDef)}
     paths = sorted((ROOT / "sdworker").rglob("[!_]*.py"))
-    missing = [f"{path.relative_to(ROOT)}: {name}" for path in paths
-               for name in undocumented(path, set() if path.stem == "types" else methods)]
+    missing = [f"{path.relative_to(ROOT)}: {name}" for path in paths for name in undocumented(path, methods(engine))]
     assert not missing, "\n".join(["say what these are, beside them in their notebooks:", *missing])
 
 

@@ -128,7 +128,7 @@ _SPOKEN = {"layout": "version of sdworker", "torch": "version of torch", "archit
 
 # %% ../../nbs/3_aot/02_engine.ipynb #71482954
 def find_aot_package(
-    model: ModelInfo,  # the model
+    model: ModelInfo,  # its configs, and its tensors' names, dtypes and shapes, are part of the key
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
     places: Iterable[Path],  # folders of AOT packages
@@ -228,7 +228,7 @@ def check_inputs(
 
 # %% ../../nbs/3_aot/02_engine.ipynb #7ac4540e
 class AotEngine:
-    "Draws with compiled parts. Raises `ModelError` if they cannot be opened."
+    "An `Engine` that draws with compiled parts. Raises `ModelError` if they cannot be opened."
     def __init__(self, model: ModelInfo,  # the model whose weights are used
                  folder: Path,  # of the AOT package
                  device: str = "cpu"):  # "cpu" or "cuda"
@@ -283,7 +283,7 @@ def _call(engine: AotEngine, part: str, tensors: list[torch.Tensor]) -> list[tor
 # %% ../../nbs/3_aot/02_engine.ipynb #14799887
 @torch.inference_mode()
 def encode_texts(
-    engine: AotEngine,  # an open engine
+    engine: AotEngine,  # with its parts on its device, and their weights loaded
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
 ) -> Encoded:  # "text" (n or 2n, tokens, width), and of SDXL "pooled" (n or 2n, width)
@@ -305,7 +305,7 @@ def _guided_steps(engine: AotEngine, params: SamplingParams) -> int:
 # %% ../../nbs/3_aot/02_engine.ipynb #591d0db4
 @torch.inference_mode()
 def denoise_by_table(
-    engine: AotEngine,  # an open engine
+    engine: AotEngine,  # with its parts on its device, and their weights loaded
     encoded: Encoded,  # from `encode`
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
@@ -370,7 +370,7 @@ def unsupported_reason(
 
 # %% ../../nbs/3_aot/02_engine.ipynb #bf63e505
 class AotWithFallback:
-    "Draws with an AOT package, and with a pipeline what the AOT engine does not support."
+    "An `Engine` that draws with an AOT package, and with a pipeline what the AOT engine does not support."
     def __init__(self, aot_engine: AotEngine,  # draws what it supports
                  diffusers_engine: Callable[[], Engine]):  # loads the other engine; called once
         self.aot_engine, self.model = aot_engine, aot_engine.model

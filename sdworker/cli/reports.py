@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 def plain_errors(
     *more: type[Exception],  # in addition to those of every command
 ) -> Iterator[None]:
-    "Turn the errors that are the user's into one line on stderr and exit code 1."
+    "Turn the errors that are the user's into one line on stderr; raises `typer.Exit` with code 1."
     try:
         yield
     except (SettingsError, ModelError, RequestError, Unsuited, OSError, *more) as error:

@@ -233,7 +233,7 @@ STAGED_FIELDS = {"width", "height", "steps", "guidance", "guidance_stop", "sampl
                  "strength"}  # of `SamplingParams`; strength is for pictures, which are refused
 
 class DiffusersEngine:
-    "Draws from noise with a diffusers pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
+    "An `Engine` that draws from noise with a pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
     def __init__(
         self,
         model: ModelInfo,  # its folder is read; all arguments are those of `load_pipeline`
@@ -246,14 +246,18 @@ class DiffusersEngine:
         self.pipe = load_pipeline(model, device, dtype, weights, quantization)
 
     def route(self, params, images):
+        "Return this engine, and its warnings; raises `Unsuited` for a field that it would ignore."
         refuse_ignored(params, STAGED_FIELDS)
         return self, self.warnings
 
     def encode(self, specs, params):
+        "Embed the prompts of a batch."
         return encode_prompts(self.pipe, specs, params)
 
     def denoise(self, encoded, specs, params, on_step=None):
+        "Draw the latents of a batch."
         return denoise(self.pipe, encoded, specs, params, on_step)
 
     def decode(self, latents):
+        "Turn latents into pixels."
         return decode(self.pipe, latents)

@@ -212,21 +212,23 @@ class Refiner:
         refined = sum(t < round(trained - params.refiner_start * trained) for t in scheduler.timesteps.tolist())
         return len(scheduler.timesteps) - refined, refined
 
-    def __call__(self, encoded: Encoded, specs: "Sequence[ImageSpec]", params: SamplingParams,
-                 on_step: OnStep | None = None) -> torch.Tensor:  # latents
-        first, last = self.split(params)
+    def __call__(self, encoded: Encoded,  # text embeddings for the base, from its engine's `encode`
+                 specs: "Sequence[ImageSpec]",  # one for each image
+                 params: SamplingParams,  # `steps` are those of both; `refiner_start`, 0..1, is the base's share
+                 on_step: OnStep | None = None,  # called with steps done, and steps of both
+                 ) -> torch.Tensor:  # latents (n, 4, height / 8, width / 8)
+        "Denoise with the base, then with the refiner; raises `Unsuited` if no step is left to the base."
+        (first, last), start = self.split(params), params.refiner_start
         if not first:
-            raise Unsuited(f"refiner_start is {params.refiner_start:g}, which leaves the base no step of {last}: give "
-                           "more.")
+            raise Unsuited(f"refiner_start is {start:g}, which leaves the base no step of {last}: give more.")
         if not last:
             return denoise(self.base, encoded, specs, params, on_step)
         def counted_from(before: int) -> OnStep:  # Heun takes one more step where it is split
             return lambda done, _: on_step and on_step(min(before + done, first + last), first + last)
         noise = generators(specs)  # shared: with new ones, a sampler that adds noise would repeat the first
-        latents = denoise(self.base, encoded, specs, params, counted_from(0), denoising_end=params.refiner_start,
-                          generator=noise)
+        latents = denoise(self.base, encoded, specs, params, counted_from(0), denoising_end=start, generator=noise)
         return denoise(self.pipe, encode_prompts(self.pipe, specs, params), specs, params, counted_from(first),
-                       denoising_start=params.refiner_start, image=latents, generator=noise)
+                       denoising_start=start, image=latents, generator=noise)
 
 # %% ../../nbs/2_engine/12_lora_refiner.ipynb #7b3e0c1e
 def use_addons(

@@ -173,13 +173,12 @@ def pipeline_for_mode(
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
 class FamilyEngine(DiffusersEngine):
-    "Draws with a diffusers pipeline of any class, from noise or from pictures."
+    "An `Engine` that draws with a diffusers pipeline of any class, from noise or from pictures."
     def __init__(self, *args: Any, **kwargs: Any):  # as of `DiffusersEngine`
         super().__init__(*args, **kwargs)
         self.reset_step_cache = lambda steps: None  # called before each denoising
         self.refine = None  # a `Refiner`, if there is one
-        if self.model.family is UNKNOWN:
-            self.model = class_defaults(self.pipe, self.model)
+        self.model = class_defaults(self.pipe, self.model) if self.model.family is UNKNOWN else self.model
         if self.model.family.reads_pictures:
             vars(self.pipe)["processor"] = QwenVLProcessor(self.model.folder / "processor", self.pipe.tokenizer)
 
@@ -187,6 +186,7 @@ class FamilyEngine(DiffusersEngine):
         return self.model.family.staged and params.mode == "txt2img"
 
     def route(self, params, images):
+        "Return this engine, and its warnings; raises `Unsuited` without the refiner, or for a field it would ignore."
         if params.refiner_start < 1 and not self.refine:
             raise Unsuited(f"refiner_start is {params.refiner_start:g}, and this model has no refiner; leave it out.")
         refuse_ignored(params, STAGED_FIELDS | {"refiner_start"} if self._staged(params) else ONE_CALL_FIELDS)

@@ -115,7 +115,9 @@ class RecordedForward:
         self.graphs: OrderedDict[Any, tuple[list[torch.Tensor], Callable[[], None], Any]] = OrderedDict()
         self._pool = None
 
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, *inputs: Any,  # of `forward`; where a size is new, a graph is recorded first
+                 **kwargs: Any) -> Any:  # by name; what `forward` returns, with copies of its tensors
+        "Replay the graph of inputs of this size."
         leaves, structure = tree_flatten((inputs, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         sizes = structure, tuple(
