@@ -244,7 +244,7 @@ def _headers_missing() -> str:
 
 # %% ../../nbs/3_aot/04_export.ipynb #80a4042f
 def export_package(
-    model: ModelInfo,  # the model
+    model: ModelInfo,  # of a family that `compiles`; its folder is read
     to: Path,  # folder of AOT packages; created if missing
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"

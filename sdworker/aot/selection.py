@@ -28,15 +28,15 @@ log = logging.getLogger("sdworker")
 
 # %% ../../nbs/3_aot/05_selection.ipynb #65ac29d7
 def settings_unsupported_by_aot(
-    settings: Settings,  # of the worker
+    settings: Settings,  # six of them are compared with `defaults`
 ) -> list[str]:  # names, such as "SDWORKER_ATTENTION"
     "The settings that differ from their defaults and that only a pipeline supports."
     names, default = ("attention", "vae_decode", "offload", "channels_last", "compile", "step_cache"), defaults()
     return [f"SDWORKER_{name.upper()}" for name in names if getattr(settings, name) != getattr(default, name)]
 
 def unsupported_by_aot(
-    settings: Settings,  # of the worker
-    model: ModelInfo,  # the model
+    settings: Settings,  # those six, and `few_step`
+    model: ModelInfo,  # its family, and the add-ons in its folder, count
 ) -> str:  # a clause for a sentence; empty: it is supported
     "Why an AOT package cannot draw with a model and these settings."
     if not model.family.compiles:
@@ -56,8 +56,8 @@ class Selection:
     reason: str = ""  # why no AOT package draws; empty also if none exists or is requested
 
 def select_engine(
-    settings: Settings,  # of the worker
-    model: ModelInfo,  # the model
+    settings: Settings,  # `engine`, `aot_dir`, `volume`, `quantize`, and those of `unsupported_by_aot`
+    model: ModelInfo,  # a package fits its configs and the shapes of its tensors
     device: str,  # "cpu" or "cuda"
     dtype: str,  # "float32", "float16" or "bfloat16"
 ) -> Selection:  # of an AOT package or of the pipeline
@@ -100,8 +100,8 @@ def _no_package(settings: Settings, reason: str) -> ModelError:
 # %% ../../nbs/3_aot/05_selection.ipynb #486af2a9
 def open_selected(
     selection: Selection,  # with a folder
-    settings: Settings,  # of the worker
-    model: ModelInfo,  # the model
+    settings: Settings,  # `engine`, which says whether the package is required
+    model: ModelInfo,  # its folder has the weights that the package uses
     device: str,  # "cpu" or "cuda"
     load_diffusers: "Callable[[Mapping[str, torch.Tensor]], Engine]",  # for other requests, on the loaded weights
 ) -> "tuple[Engine | None, str]":  # the engine and ""; or None and the reason

@@ -27,7 +27,7 @@ def defaults(
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #c7386840
 def build_pipeline(
-    settings: Settings,  # of the worker
+    settings: Settings,  # all that switch something in the pipeline
     model: ModelInfo,  # the model's folder, family and defaults
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"

@@ -112,7 +112,7 @@ def timings(
 # %% ../../nbs/8_lab/05_bench.ipynb #e5a10003
 def build_switched(
     switch: Switch,  # to turn on
-    model: ModelInfo,  # the model
+    model: ModelInfo,  # its folder is read, once for each engine
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Engine:  # as from `switched`
     "Build an engine with a switch on, and fill the compiler's cache if needed. Raises `ModelError` with the reason."

@@ -102,7 +102,7 @@ def libraries() -> list[Path]:  # in no order
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #c85274e2
 def start_once(
-    command: list[str],  # of the worker
+    command: list[str],  # program and arguments that start the worker
     payload: dict[str, Any],  # the job's input
     environment: Mapping[str, str] | None = None,  # added to this process's
     limit: float = 900,  # seconds until it is stopped

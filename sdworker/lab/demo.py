@@ -100,7 +100,7 @@ class Outcome:
     error: str = ""  # the message, if it was refused
 
 def send(
-    client: Client,  # of the worker
+    client: Client,  # connected to the worker's local API
     name: str,  # a key of `REQUESTS`
 ) -> Outcome:  # also if it was refused
     "Send one request and unpack the answer."

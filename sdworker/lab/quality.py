@@ -133,7 +133,7 @@ def compare_to_baseline(
 # %% ../../nbs/8_lab/01_quality.ipynb #543f9a2e
 def engine_with(
     switch: Switch,  # its request's arguments are not used here
-    model: ModelInfo,  # the model
+    model: ModelInfo,  # its folder is read
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Engine:  # compiled already, where the switch compiles
     "Build an engine with a switch on. Raises `ModelError` with the reason if it cannot be used on this machine."

@@ -106,7 +106,7 @@ def queue_environment(
 
 # %% ../../nbs/8_lab/02_queue_server.ipynb #675b79c9
 def run_workers(
-    command: Sequence[str],  # of the worker
+    command: Sequence[str],  # program and arguments that start one worker
     jobs: Sequence[dict],  # each with "id" and "input"
     environment: dict[str, str] | None = None,  # added to this process's and the queue's
     limit: float = 120,  # seconds until the workers are stopped in any case
