@@ -55,14 +55,14 @@ def group_page(folder: str, title: str, text: str, inside: list[Chapter]) -> tup
     return f"[{title}]({folder}/index.md)", "\n".join([text, "", *links])
 
 
-def reference_pages(title: str, text: str, found: list[Chapter]) -> tuple[str, str]:
+def reference_pages(title: str, text: str, all_chapters: list[Chapter]) -> tuple[str, str]:
     "Write the reference of each module, and the page that lists them; the card that leads there."
-    modules = [chapter for chapter in found if chapter.module]
+    modules = [chapter for chapter in all_chapters if chapter.module]
     for chapter in modules:
         labels = chapters.labels(chapter)
         links = {name: f"[In the notebook](#{label})." for name, label in labels.items()}
         page = reference.page(chapter.module, chapter.source, links)
-        write(f"api/{chapter.module}", chapters.link(page, chapters.name_targets(found, chapter)))
+        write(f"api/{chapter.module}", chapters.link(page, chapters.name_targets(all_chapters, chapter)))
     write("api/index", f"# {title}", f"> {text}", sidebar([chapter.module for chapter in modules]),
           cards([(f"[{chapter.module}]({chapter.module}.md)", chapter.promise) for chapter in modules]))
     return f"[{title}](api/index.md)", text
@@ -72,16 +72,16 @@ def write_site() -> None:
     "Write all pages, from what is in `nbs/` now."
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(NOTEBOOKS, SITE, ignore=shutil.ignore_patterns("*.ipynb", "*.cfg", "*.py", "*.yml", ".*", "_*"))
-    found = [chapters.read(path, PACKAGE) for path in sorted(NOTEBOOKS.glob("*_*/*.ipynb"))]
+    all_chapters = [chapters.read(path, PACKAGE) for path in sorted(NOTEBOOKS.glob("*_*/*.ipynb"))]
     tour = chapters.read(NOTEBOOKS / "00_tour.ipynb", PACKAGE)
     parts = [(f"[{tour.title}]({tour.path.name})", tour.promise)]
-    parts += [group_page(folder, *about, [chapter for chapter in found if chapter.path.parent.name == folder])
+    parts += [group_page(folder, *about, [chapter for chapter in all_chapters if chapter.path.parent.name == folder])
               for folder, about in GROUPS.items()]
-    parts.append(reference_pages("Reference", "Every public name of every module.", found))
-    for chapter in [tour, *found]:
-        chapters.page(chapter, found, SITE)
+    parts.append(reference_pages("Reference", "Every public name of every module.", all_chapters))
+    for chapter in [tour, *all_chapters]:
+        chapters.page(chapter, all_chapters, SITE)
     pages = [tour.path.stem, *(f"{folder}/index" for folder in GROUPS), "api/index"]
-    chapters.page(chapters.read(NOTEBOOKS / "index.ipynb", PACKAGE), found, SITE,
+    chapters.page(chapters.read(NOTEBOOKS / "index.ipynb", PACKAGE), all_chapters, SITE,
                   f"## The book\n\n{cards(parts)}\n\n{sidebar(pages)}")
 
 

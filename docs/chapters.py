@@ -63,9 +63,9 @@ def module_targets(chapters: list[Chapter], here: Chapter) -> Targets:
 
 def link(text: str, targets: Targets) -> str:
     "Make names in backticks links, except in code blocks, headings and links; unlink what lies outside the site."
-    def replace(found: re.Match) -> str:
-        target = targets.get(found["name"] or "")
-        return f"[{found[0]}]({target})" if target else found[0]
+    def replace(match: re.Match) -> str:
+        target = targets.get(match["name"] or "")
+        return f"[{match[0]}]({target})" if target else match[0]
     text = re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?!\d|index|images)[^)]*\)", r"\1", text)
     leave = r"^(?P<fence>```+|~~~+).*?^(?P=fence)|^#.*?$|``.+?``|\[[^\]]*\]\([^)]*\)"
     return re.sub(rf"{leave}|`(?P<name>[\w.]+)(?:\(\))?`", replace, text, flags=re.MULTILINE | re.DOTALL)
@@ -102,9 +102,9 @@ def about(chapter: Chapter) -> str:
     return f":::{{div}} page-links\n{module}{{download}}`Download the notebook <{up}nbs/{chapter.address}>`\n:::"
 
 
-def page(chapter: Chapter, found: list[Chapter], folder: Path, more: str = "") -> None:
-    "Write a notebook as a page into `folder`, with `more` Markdown at its end; `found` are all chapters, to link to."
-    targets = name_targets(found, chapter) | module_targets(found, chapter)
+def page(chapter: Chapter, all_chapters: list[Chapter], folder: Path, more: str = "") -> None:
+    "Write a notebook as a page into `folder`, with `more` Markdown at its end and links to `all_chapters`."
+    targets = name_targets(all_chapters, chapter) | module_targets(all_chapters, chapter)
     head, *rest = chapter.cells
     cells = [head, mk_cell(about(chapter), "markdown")]
     for cell in rest:

@@ -62,12 +62,12 @@ def unpacked(http: httpx.Client, wheel: PackageWheel) -> int:
     sys.exit(f"docs/lock.py: {wheel.filename} does not list its files")
 
 
-def write(path: Path, chosen: list[Choice]) -> Path:
+def write(path: Path, choices: list[Choice]) -> Path:
     "Write a lock beside its place; where."
     with httpx.Client(follow_redirects=True, timeout=60) as http:
         lines = [f"{package.name}=={package.version} --hash=sha256:{wheel.hashes['sha256']}"
                  f"  # {wheel.size} bytes, unpacked {unpacked(http, wheel)}\n"
-                 for package, wheel in track(chosen, path.name, console=Console(stderr=True))]
+                 for package, wheel in track(choices, path.name, console=Console(stderr=True))]
     part = path.with_suffix(".lock.part")
     part.write_text(MADE + "".join(lines), encoding="utf-8")
     return part
@@ -80,9 +80,9 @@ def main() -> None:
     ours, gpu, notebooks, dev = (settings["DEFAULT"][f"{name}requirements"].split()
                                  for name in ("", "gpu_", "notebooks_", "dev_"))
     worker, tests = ROOT / ".runpod/worker.lock", ROOT / ".runpod/tests.lock"
-    chosen = resolve(ours + gpu)
-    names = {package.name for package, _ in chosen}
-    part = write(worker, chosen)
+    choices = resolve(ours + gpu)
+    names = {package.name for package, _ in choices}
+    part = write(worker, choices)
     more = resolve([*notebooks, *dev, "setuptools"], "--constraints", str(part))
     write(tests, [choice for choice in more if choice[0].name not in names]).replace(tests)
     part.replace(worker)

@@ -67,8 +67,8 @@ def pip(*arguments: object) -> None:
 
 def install(lock: str) -> dict[str, Any]:
     "Make the environment, unless it is there and of this lock; seconds and bytes."
-    made, wanted = HOME / "installed.json", {"sha256": lock, "tools": TOOLS_LOCK.read_text()}
-    if made.exists() and (before := json.loads(made.read_text())) | wanted == before:
+    made, recipe = HOME / "installed.json", {"sha256": lock, "tools": TOOLS_LOCK.read_text()}
+    if made.exists() and (before := json.loads(made.read_text())) | recipe == before:
         return before
     shutil.rmtree(HOME, ignore_errors=True)
     begin = time.perf_counter()
@@ -81,7 +81,7 @@ def install(lock: str) -> dict[str, Any]:
     minor = re.search(r"^torch==2\.(\d+)\.", LOCK.read_text(), re.M)[1]
     pip("--target", BESIDE, f"torchvision==0.{int(minor) + 15}.0")  # numbered so since torch 2.0
     size = sum(path.stat().st_size for path in (HOME / "venv").rglob("*") if path.is_file())
-    record = wanted | {"seconds": round(seconds, 1), "bytes": size}
+    record = recipe | {"seconds": round(seconds, 1), "bytes": size}
     made.write_text(json.dumps(record))
     return record
 
@@ -123,17 +123,17 @@ def import_xformers() -> dict[str, float]:
 def test() -> str:
     "Run the tests; pytest's last line."
     print("running the tests of " + ", ".join(TESTS), flush=True)
-    said = run(PYTHON, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-n", "2", "--timeout=600",
+    output = run(PYTHON, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-n", "2", "--timeout=600",
                *(ROOT / "tests" / f"test_{name}.py" for name in TESTS), path=(TOOLS,))
-    return said.strip().splitlines()[-1]
+    return output.strip().splitlines()[-1]
 
 
 def main() -> None:
     "Do all of it, and write it down."
-    here, wanted = sysconfig.get_python_version(), re.search(r"CPython (\S+)", LOCK.read_text())[1]
-    if here != wanted:
-        sys.exit(f"docs/lock_test.py: worker.lock needs Python {wanted}, and .venv has {here}; remove .venv and run "
-                 f"`make PYTHON=python{wanted} lock-test`.")
+    here, version = sysconfig.get_python_version(), re.search(r"CPython (\S+)", LOCK.read_text())[1]
+    if here != version:
+        sys.exit(f"docs/lock_test.py: worker.lock needs Python {version}, and .venv has {here}; remove .venv and run "
+                 f"`make PYTHON=python{version} lock-test`.")
     for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
         del os.environ[name]  # the worker's own defaults are tried
     lock = sha256(LOCK.read_bytes()).hexdigest()
@@ -149,7 +149,7 @@ def main() -> None:
         workers[what], pictures[what] = draw(what, **options)
     apart = {what: min(psnr(picture, pictures["diffusers"]), 99.0) for what, picture in pictures.items()}
     if min(apart.values()) < 40:
-        sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; 40 are wanted")
+        sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; 40 are version")
     write_result(ROOT / "results" / "lock.json", {
         "sha256": lock, "machine": json.loads(run(PYTHON, "-c", VERSIONS)),
         "installed": {name: made[name] for name in ("seconds", "bytes")},

@@ -58,16 +58,16 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*",
                         help="parts of notebook names to run, such as 2_engine or 05_attention; default: all")
     parser.add_argument("--readme", metavar="FILE", help="only write the README to this file; - for standard output")
-    chosen = parser.parse_args()
-    if chosen.readme:
-        (sys.stdout if chosen.readme == "-" else open(chosen.readme, "w", encoding="utf-8")).write(readme())
+    options = parser.parse_args()
+    if options.readme:
+        (sys.stdout if options.readme == "-" else open(options.readme, "w", encoding="utf-8")).write(readme())
         return
     nbdev("nbdev-export")
-    wanted = chosen.notebooks or [""]
+    parts = options.notebooks or [""]
     paths = [path for path in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts
-             and any(part in str(path.relative_to(NBS)) for part in wanted)]
+             and any(part in str(path.relative_to(NBS)) for part in parts)]
     if not paths:
-        raise SystemExit(f"no notebook is called so: {', '.join(wanted)}")
+        raise SystemExit(f"no notebook is called so: {', '.join(parts)}")
     try:
         for path in track(paths, "running notebooks"):
             run(path)

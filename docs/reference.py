@@ -39,7 +39,7 @@ def line_notes(source: str) -> Notes:
     return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
-def said(call: ast.expr | None) -> str:
+def documentation_of(call: ast.expr | None) -> str:
     "The explanation inside of pydantic's `Field` or typer's `Option`, where there is one."
     words = {word.arg: word.value for word in call.keywords} if isinstance(call, ast.Call) else {}
     text = words.get("description", words.get("help"))
@@ -51,9 +51,9 @@ def unwrap(kind: ast.expr | None, value: ast.expr | None) -> tuple[ast.expr | No
     around = [value]
     if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
         kind, *around = [*kind.slice.elts, value]
-    if said(value):
+    if documentation_of(value):
         value = value.args[0] if value.args else None
-    return kind, value, next(filter(None, map(said, around)), "")
+    return kind, value, next(filter(None, map(documentation_of, around)), "")
 
 
 def maker(node: ast.ClassDef) -> ast.FunctionDef | None:
@@ -76,9 +76,9 @@ def rows(node: ast.stmt, notes: Notes) -> Iterator[tuple[str, str, str]]:
     args, result = arguments(node), getattr(node, "returns", None)
     positional = args.posonlyargs + args.args
     values = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
-    found = [("", arg, value) for arg, value in zip(positional + args.kwonlyargs, values, strict=True)]
-    found += [(stars, arg, None) for stars, arg in (("*", args.vararg), ("**", args.kwarg)) if arg]
-    for stars, arg, value in found:
+    parameters = [("", arg, value) for arg, value in zip(positional + args.kwonlyargs, values, strict=True)]
+    parameters += [(stars, arg, None) for stars, arg in (("*", args.vararg), ("**", args.kwarg)) if arg]
+    for stars, arg, value in parameters:
         kind, value, wrapped = unwrap(arg.annotation, value)
         code = " = ".join(ast.unparse(part) for part in (kind, value) if part)
         note = "" if result and result.lineno == arg.lineno else notes.get(arg.lineno, "")
@@ -90,9 +90,9 @@ def rows(node: ast.stmt, notes: Notes) -> Iterator[tuple[str, str, str]]:
 
 def table(node: ast.stmt, notes: Notes) -> str:
     "`rows` as a Markdown table; nothing where they would say no more than the signature."
-    found = [[cell.replace("|", r"\|") for cell in row] for row in rows(node, notes)]
-    lines = [f"| {' | '.join(row)} |" for row in found]
-    return "\n".join(["| name | type | meaning |", "|---|---|---|", *lines]) if any(any(r[1:]) for r in found) else ""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows(node, notes)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join(["| name | type | meaning |", "|---|---|---|", *lines]) if any(any(r[1:]) for r in cells) else ""
 
 
 def signature(node: ast.stmt) -> str:

@@ -226,8 +226,8 @@ def test_fifty_jobs_out_of_range_get_a_sentence_and_the_worker_goes_on(package):
     wrong += [{"num_images": n} for n in (0, -1, 1000)] + [{"guidance_scale": -1}, {"seed": -1}, {"width": "wide"}]
     assert len(wrong) >= 50
     jobs = [job("", **fields)["input"] for fields in [*wrong, {}]]
-    told = {"SDWORKER_AOT_DIR": str(package.parent), "SDWORKER_ENGINE": "aot"}
-    done = subprocess.run([sys.executable, "-c", ANSWERS], input=json.dumps(jobs), env=os.environ | told,
+    variables = {"SDWORKER_AOT_DIR": str(package.parent), "SDWORKER_ENGINE": "aot"}
+    done = subprocess.run([sys.executable, "-c", ANSWERS], input=json.dumps(jobs), env=os.environ | variables,
                           capture_output=True, text=True, check=True)
     *answers, right = json.loads(done.stdout)
     for fields, answer in zip(wrong, answers, strict=True):

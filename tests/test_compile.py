@@ -108,8 +108,8 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
     assert bool(why_not_compiled("reduce-overhead", engine.model, "cpu", "float32")) == engine.model.family.grows
     assert is_compiled(engine.pipe.transformer)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for usual, job in zip(plain, jobs, strict=True):
-            assert psnr(usual, generate(engine, **job, seed=7, steps=2).pictures[0].image) > 50
+        for picture, job in zip(plain, jobs, strict=True):
+            assert psnr(picture, generate(engine, **job, seed=7, steps=2).pictures[0].image) > 50
 
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])

@@ -60,10 +60,11 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
 def test_a_few_step_model_is_known_by_its_name(pipeline, name, tmp_path):
     folder, preset = tmp_path / f"tiny-{name}", FAMILIES[pipeline].few[name]
     miniature(pipeline, folder) if pipeline in MINIATURES else shutil.copytree(EMBEDDED, folder)
-    told = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance}
-    answers, _ = handled(folder, {"auto": {}, "told": told, "more": told | {"num_inference_steps": preset.steps + 1}})
-    auto, told, more = (pixels(answers[one])[0] for one in ("auto", "told", "more"))
-    assert np.array_equal(auto, told) and not np.array_equal(auto, more)
+    explicit = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance}
+    jobs = {"auto": {}, "explicit": explicit, "more": explicit | {"num_inference_steps": preset.steps + 1}}
+    answers, _ = handled(folder, jobs)
+    auto, same, more = (pixels(answers[name])[0] for name in jobs)
+    assert np.array_equal(auto, same) and not np.array_equal(auto, more)
 
 
 def test_what_an_unknown_class_does_not_take_is_refused(tmp_path):

@@ -20,7 +20,7 @@ def figures():
 @pytest.mark.slow
 def test_adherence_gate(figures):
     rates = figures["adherence"]
-    assert all(rates[name] >= least for name, least in MIN_RATES.items()), rates
+    assert all(rates[name] >= rate for name, rate in MIN_RATES.items()), rates
 
 
 @pytest.mark.slow

@@ -67,8 +67,8 @@ def test_the_environment_is_made_with_the_standard_library(module):
     """On a machine whose Python lacks most packages, this code makes the environment that has them."""
     code = f"import sys, sdworker.lab.{module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names - {"sitecustomize"}
-    assert brought - {"packaging"} == {"sdworker"}
+    imported = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names - {"sitecustomize"}
+    assert imported - {"packaging"} == {"sdworker"}
 
 
 def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
@@ -84,8 +84,8 @@ def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
             "assert answer['images']; print(*{name.partition('.')[0] for name in sys.modules})")
     drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
     names, packages = reach(project_requirements(ROOT), of), packages_distributions()
-    brought = {name: packages[name] for name in drawn[-2].split() if name in packages and name != "sdworker"}
-    missing = {name for name, of in brought.items() if not {one.lower().replace("_", "-") for one in of} & names}
+    imported = {name: packages[name] for name in drawn[-2].split() if name in packages and name != "sdworker"}
+    missing = {name for name, of in imported.items() if not {one.lower().replace("_", "-") for one in of} & names}
     assert missing <= {"defusedxml", "backports"}, "Pillow and httpx do without these two"
 
 

@@ -113,22 +113,22 @@ def locks(base) -> dict[str, str]:
     """Fill KEPT/wheels with what is installed here; the texts of the lock files that name it."""
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
-    wanted = {f"{lock}.lock": " ".join(parser["DEFAULT"][name] for name in names) for lock, names in (
+    requirements_of = {f"{lock}.lock": " ".join(parser["DEFAULT"][name] for name in names) for lock, names in (
         ("worker", ["requirements"]), ("tests", ["requirements", "notebooks_requirements", "dev_requirements"]))}
     pip, wheels, pins = [sys.executable, "-m", "pip"], KEPT / "wheels", KEPT / "wheels" / "pins"
     installed = subprocess.run([*pip, "list", "--format=freeze", "--exclude-editable"], check=True, capture_output=True,
-                               text=True).stdout + "".join(f"# {line}\n" for line in wanted.values())
+                               text=True).stdout + "".join(f"# {line}\n" for line in requirements_of.values())
     if not pins.exists() or pins.read_text() != installed:
         shutil.rmtree(wheels, ignore_errors=True)
         wheels.mkdir()
         (KEPT / "pins").write_text(installed)
         before = set()
-        for lock, requirements in wanted.items():
+        for lock, requirements in requirements_of.items():
             subprocess.run([*pip, "wheel", "-w", wheels, "-c", KEPT / "pins", *requirements.split()], check=True)
             new, before = set(wheels.glob("*.whl")) - before, set(wheels.glob("*.whl"))
             (wheels / lock).write_text("".join(sorted(map(locked, new))))
         (KEPT / "pins").rename(pins)
-    return {lock: (wheels / lock).read_text() for lock in wanted}
+    return {lock: (wheels / lock).read_text() for lock in requirements_of}
 
 
 def locked(wheel: Path) -> str:

@@ -234,9 +234,9 @@ def test_the_handler_imports_only_what_refusing_a_request_needs():
     """A new name here costs every cold start: measure it (`python -X importtime`), then allow it or import it later."""
     code = "import sys, sdworker.serve.handler; print(*{name.partition('.')[0] for name in sys.modules})"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    brought = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names
-    brought -= {"sitecustomize"}  # Debian's interpreter brings it, whatever is imported
-    assert brought == {"sdworker", "PIL", "defusedxml", "annotated_types", "dotenv", "pydantic", "pydantic_core",
+    imported_names = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names
+    imported_names -= {"sitecustomize"}  # Debian's interpreter brings it, whatever is imported
+    assert imported_names == {"sdworker", "PIL", "defusedxml", "annotated_types", "dotenv", "pydantic", "pydantic_core",
                        "pydantic_settings", "typing_extensions", "typing_inspection"}
 
 
@@ -285,7 +285,7 @@ def test_settings_ini_is_the_source_of_metadata():
 
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
-    installed, wanted = metadata("sdworker"), parser["DEFAULT"]
-    assert installed["Version"] == wanted["version"] and installed["Summary"] == wanted["description"]
+    installed, settings = metadata("sdworker"), parser["DEFAULT"]
+    assert installed["Version"] == settings["version"] and installed["Summary"] == settings["description"]
     names = {re.match(r"[\w-]+", line)[0] for line in installed.get_all("Requires-Dist") if "extra ==" not in line}
-    assert names == {re.match(r"[\w-]+", line)[0] for line in wanted["requirements"].split()}
+    assert names == {re.match(r"[\w-]+", line)[0] for line in settings["requirements"].split()}

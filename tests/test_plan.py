@@ -26,7 +26,7 @@ def erlang_wait(workers: int, rate: float, seconds: float) -> float:
     return share * seconds / (workers - offered)
 
 
-def broken_rule(outcome: Outcome) -> str:
+def violated_invariant(outcome: Outcome) -> str:
     """The first rule that an outcome breaks, of those that hold for every endpoint; empty: none."""
     own, load, workers = outcome.endpoint, outcome.load, outcome.workers
     if np.isnan(outcome.start).any() or (outcome.wait < -1e-6).any():
@@ -70,10 +70,10 @@ def test_the_rules_hold_for_settings_of_all_kinds_and_can_be_broken():
         endpoint = Endpoint(minimum, minimum + int(rng.integers(1, 4)), float(rng.choice([0, 1, 30])), 4.0,
                             [None, 1, 3][rng.integers(3)], cold=float(rng.choice([0, 5, 60])))
         for load in loads:
-            assert not (broken := broken_rule(simulate(endpoint, load))), (broken, endpoint)
+            assert not (broken := violated_invariant(simulate(endpoint, load))), (broken, endpoint)
     outcome = simulate(Endpoint(), loads[0])
-    assert broken_rule(replace(outcome, workers=outcome.workers[1:])) == "work was lost or done twice"
-    assert broken_rule(replace(outcome, endpoint=Endpoint(0, 1))) == "more workers at once than allowed"
+    assert violated_invariant(replace(outcome, workers=outcome.workers[1:])) == "work was lost or done twice"
+    assert violated_invariant(replace(outcome, endpoint=Endpoint(0, 1))) == "more workers at once than allowed"
 
 
 def planned(*arguments: str) -> str:
@@ -98,7 +98,7 @@ def test_measured_seconds_go_before_the_estimate():
 
 def test_a_day_of_a_hundred_thousand_requests_keeps_every_rule():
     outcome = simulate(Endpoint(0, 20, idle=5), poisson(100_000, 5, swing=0.8, burst=3))
-    assert len(outcome.start) > 90_000 and not broken_rule(outcome)
+    assert len(outcome.start) > 90_000 and not violated_invariant(outcome)
 
 
 @pytest.mark.skipif(not TRACE.is_file(), reason="the trace is in no folder that SDWORKER_DATA names")
@@ -110,4 +110,4 @@ def test_the_trace_gets_a_recommendation_that_is_cheaper_than_the_guide():
     record = json.loads((Path(__file__).parent.parent / "results" / "plan-trace.json").read_text())
     for name, value in record["recommendation"].items():
         assert result["recommendation"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
-    assert not broken_rule(simulate(Endpoint(), read_trace(TRACE)))
+    assert not violated_invariant(simulate(Endpoint(), read_trace(TRACE)))

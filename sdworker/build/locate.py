@@ -129,9 +129,9 @@ def locate(
     return None
 
 # %% ../../nbs/1_build/05_locate.ipynb #c80c1cbe
-def _skipped(looks: list[LookupResult], empty: bool = False) -> str:
+def _skipped(lookups: list[LookupResult], empty: bool = False) -> str:
     "Why places were skipped, for a log line; those without a folder only on request."
-    shown = [lookup for lookup in looks if empty or lookup.folder.exists()]
+    shown = [lookup for lookup in lookups if empty or lookup.folder.exists()]
     return "".join(f"; not {lookup.place}, since {lookup.reason}" for lookup in shown)
 
 @lru_cache

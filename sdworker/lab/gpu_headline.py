@@ -405,8 +405,8 @@ def _bound(record: Mapping[str, Any]) -> list[str]:
     lines, counted = [], record["operations"]
     dense = next((rate for name, rate in DENSE.items() if name in record["gpu"]["name"]), None)
     if counted:
-        least = f", {counted['image'] / dense:.2f} s at the vendor's rate" if dense else ""
-        lines.append(f"The arithmetic of the image: {counted['image'] / 1e12:.3g} TFLOP{least}.")
+        at_best = f", {counted['image'] / dense:.2f} s at the vendor's rate" if dense else ""
+        lines.append(f"The arithmetic of the image: {counted['image'] / 1e12:.3g} TFLOP{at_best}.")
     if record["jobs"]:
         png, jpeg = (1000 * record["jobs"][form] for form in ("png", "jpeg"))
         lines.append(f"A job adds {png:.0f} ms with PNG, {jpeg:.0f} ms with JPEG.")

@@ -77,22 +77,22 @@ def _breaches(request: JobRequest, model: ModelInfo, limits: Settings) -> Iterat
 # %% ../../nbs/5_serve/02_request.ipynb #3e50f6cd
 def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
     "Each field that a model's family has no use for, as a sentence."
-    family, begins = model.family, bool(request.image)
-    if family.edits and not begins:
+    family, has_image = model.family, bool(request.image)
+    if family.edits and not has_image:
         yield f"image is missing; {model.name} edits a picture, and draws none without."
-    if begins and not (family.edits or family.from_image or family is UNKNOWN):
+    if has_image and not (family.edits or family.from_image or family is UNKNOWN):
         yield f"image is of no use to {model.name}, which draws from text alone; leave it out."
-    if request.mask_image and not begins:
+    if request.mask_image and not has_image:
         yield "mask_image is given without image; give the picture that it belongs to."
     if request.mask_image and not (family.inpaint or family is UNKNOWN):
         yield f"mask_image is of no use to {model.name}; leave it out."
     if request.strength and family.edits:
         yield f"strength is {request.strength:g}: {model.name} edits a picture, and has no use for it; leave it out."
-    if request.strength and not begins:
+    if request.strength and not has_image:
         yield (f"strength is {request.strength:g}: it says how far to go from image, and there is none; give one, or "
                "leave it out.")
     steps, strength = request.steps or model.steps, request.noise_share
-    if begins and not family.edits and steps * strength < 1:
+    if has_image and not family.edits and steps * strength < 1:
         yield (f"strength is {strength:g} at {steps} step(s), of which none is left: should be at least "
                f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
     samplers = SAMPLER_GROUPS[family.samplers]
@@ -100,11 +100,11 @@ def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
         yield (f"scheduler is {request.sampler}: {model.name} has a sampler of its own, and no other"
                f"{' but ' * bool(samplers) + ', '.join(samplers)}; leave it out.")
     ends = request.guidance_stop is not None and request.guidance_stop < 1
-    refines = "refiner" in addons_present(model) and not begins and not (ends and request.guidance_stop)
+    refines = "refiner" in addons_present(model) and not has_image and not (ends and request.guidance_stop)
     if request.refiner_start and request.refiner_start < 1 and not refines:
         yield (f"refiner_start is {request.refiner_start:g}: it is for a model with a refiner (see SDWORKER_ADDONS), "
                "for pictures from noise, and without guidance_stop; leave it out.")
-    if ends and (begins or not family.staged):
+    if ends and (has_image or not family.staged):
         able = " and ".join(known.name for known in FAMILIES.values() if known.staged)
         yield (f"guidance_stop is {request.guidance_stop:g}: guidance ends early only from noise, with {able}; leave "
                "it out.")
