@@ -1,7 +1,7 @@
 """Install exactly what the image locks, and see that the worker works with it: `make lock-test`.
 
 `.runpod/worker.lock` goes into an environment of its own in `out/lock/`, some 5 GB to fetch. There the worker draws at
-a loopback queue by diffusers and by ahead-of-time code, the tests of families and add-ons run, and imports are timed.
+a local queue by diffusers and by ahead-of-time code, the tests of families and add-ons run, and imports are timed.
 The results go to `results/lock.json` with the hash of the lock; a test fails when the two no longer belong together.
 """
 import json
@@ -155,7 +155,7 @@ def main() -> None:
         "installed": {name: made[name] for name in ("seconds", "bytes")},
         "compiled_ahead": seconds, "workers": workers, "psnr": apart, "import_diffusers": import_xformers(),
         "tests": {"of": TESTS, "result": test()}},
-        "make lock-test: the locked packages on a processor, the embedded model, at a loopback queue")
+        "make lock-test: the locked packages on a processor, the embedded model, at a local queue")
     print("all of it works: results/lock.json")
 
 

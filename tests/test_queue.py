@@ -77,7 +77,7 @@ def test_the_heartbeat_is_forked_before_the_load_and_goes_on_through_it(way):
         "the SDK forks once, or else otherwise than this worker expects")
     assert "forked with threads: 1\n" in worker_run.log, "another thread could hold a lock that the child inherits"
     assert worker_run.log.index("forked with threads") < worker_run.log.index("Loading model...")
-    pings = [ping for ping in worker_run.pings if ping < worker_run.seconds["first"]]
+    pings = [ping for ping in worker_run.pings if ping < worker_run.answered_at["first"]]
     assert len(pings) >= 2, "the load waited for two"
     assert "output" in worker_run.answers["first"], "the job waited for the load that was under way"
     assert worker_run.log.count("Loading model...") == 1

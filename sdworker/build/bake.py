@@ -87,9 +87,10 @@ def _addon_files(addon: AddOn, classes: dict[str, str], variant: str) -> list[Mo
     if addon.name not in classes:
         raise ModelError(f"the model has no component {addon.name}; there can be {', '.join(classes)}.", lasting=True)
     folder = addon.path or ("unet" if addon.name == "refiner" else ".")
+    # name in the baked folder -> name in the add-on's repository
     inside = {f"{addon.name}/{Path(name).name}": name for name in files if str(Path(name).parent) == folder}
     needed = needed_files(inside, {addon.name: classes[addon.name]}, variant)
-    return [replace(files[inside[name]], file=name) for name in needed if "/" in name]
+    return [replace(files[inside[name]], file=name) for name in needed]
 
 # %% ../../nbs/1_build/04_bake.ipynb #335807fa
 def _plan(listing: Listing, staging: Path, variant: str, addons: str) -> list[ModelFile]:
@@ -172,6 +173,7 @@ def _bake(listing: Listing, to: Path, identity: dict, on_progress: Callable[[int
         nonlocal done
         done += arrived
         on_progress(min(done, total), total)
+    # a shard that was cut after an earlier bake keeps the record of the file it was cut from
     cuts = {entry["file"]: entry["cut_from"] for entry in listing.manifest["files"]} if listing.manifest else {}
     entries = [{name: getattr(file, name) for name in _ENTRY_FIELDS} | {"cut_from": cuts.get(file.file)}
                for file in sorted(_fetch_all(files, staging, on_bytes), key=lambda file: file.file)]
@@ -210,16 +212,17 @@ def bake(
     if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} is no folder, and no model id like owner/name.", lasting=True)
     if os.path.ismount(to):
-        raise ModelError(f"{to} is a mount point, which cannot be put in place as a whole; choose a folder in it.")
+        raise ModelError(f"{to} is a mount point, which cannot be renamed; choose a folder in it.")
     to.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(to.with_name(f".{to.name}.lock")):
         identity = {"repository": model, "variant": variant, "addons": addons}
+        # a full commit: if the folder already holds it, the hub need not be asked
         if not local.is_dir() and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (
                 manifest := _baked_before(to, identity | {"revision": revision}, on_progress)):
             return manifest
         name = model if local == EMBEDDED else local.name
         listing = _list_folder(local, name, variant) if local.is_dir() else list_on_hub(model, revision or None)
-        if listing.manifest:
+        if listing.manifest:  # a folder that was baked before: its manifest says what it holds
             identity = {name: listing.manifest[name] for name in identity}
         identity |= {"repository": listing.repository, "revision": listing.revision}
         return _baked_before(to, identity, on_progress) or _bake(

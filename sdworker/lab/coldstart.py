@@ -114,7 +114,8 @@ def start_once(
         ended = f"no answer in {limit:g} s" if worker_run.code is None else f"it ended with code {worker_run.code}"
         last = "\n".join(worker_run.log.strip().splitlines()[-5:])
         raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last words: {last}'}")
-    return {"seconds": worker_run.seconds["first"], "taken": worker_run.taken_at["first"], "output": answer["output"]}
+    return {"seconds": worker_run.answered_at["first"], "taken": worker_run.taken_at["first"],
+            "output": answer["output"]}
 
 # %% ../../nbs/8_lab/04_coldstart.ipynb #df8f7bac
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]

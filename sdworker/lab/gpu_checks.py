@@ -216,17 +216,17 @@ def worker(
     worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"],
                              [{"id": f"job-{k}", "input": one} for k, one in enumerate(inputs)],
                              {"SDWORKER_DEVICE": setup.device} | environment, limit)
-    outputs = {job: answer.get("output") or {"error": answer.get("error")} for job,
-               answer in worker_run.answers.items()}
+    outputs = {job: answer.get("output") or {"error": answer.get("error")}
+               for job, answer in worker_run.answers.items()}
     drawn = {job: output for job, output in outputs.items() if output.get("images")}
-    overheads = [worker_run.seconds[job] - worker_run.taken_at[job] - sum(output["timings"][name] for name in DRAWING)
-              for job, output in drawn.items() if job != "job-0"]
+    overheads = [worker_run.answered_at[job] - worker_run.taken_at[job]
+                 - sum(output["timings"][name] for name in DRAWING) for job, output in drawn.items() if job != "job-0"]
     warnings = sorted({text for output in drawn.values() for text in output.get("warnings", ())})
     used = not any(name in text for name in environment for text in warnings)  # else a warning gives the reason
     return {"passed": len(drawn) == len(inputs) and used, "answered": len(outputs), "jobs": len(inputs), "limit": limit,
             "errors": {job: output.get("error") for job, output in outputs.items() if job not in drawn},
             "warnings": warnings, "timings": {job: output["timings"] for job, output in drawn.items()},
-            "first answer": worker_run.seconds.get("job-0"), "exit code": worker_run.code,
+            "first answer": worker_run.answered_at.get("job-0"), "exit code": worker_run.code,
             "log": worker_run.log[-3000:],
             "beside drawing": statistics.median(overheads) if overheads else None}
 

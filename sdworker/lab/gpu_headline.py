@@ -298,7 +298,7 @@ def job_overhead(
     rows = {}
     for job in (one["id"] for one in jobs[1:]):
         timings = worker_run.answers[job]["output"]["timings"]
-        total = worker_run.seconds[job] - worker_run.taken_at[job]
+        total = worker_run.answered_at[job] - worker_run.taken_at[job]
         drawing = sum(timings[stage] for stage in DRAWING)
         rows[job] = {"whole": total, "in the worker": timings["total"], "beside drawing": total - drawing}
     return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))

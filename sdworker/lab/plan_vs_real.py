@@ -31,13 +31,13 @@ def jobs_for(
     return [{"id": f"job-{k}", "input": one} for k, one in enumerate(payloads)], arrivals.tolist()
 
 def measured(
-    worker_run: WorkerRun,  # from `work`
+    worker_run: WorkerRun,  # from `run_workers`
     arrivals: list[float],  # of job-0, job-1, ...
 ) -> tuple[Load, np.ndarray]:  # the load, and each job's seconds from its arrival until it was taken
     "The real run in the terms of the simulation."
     names = [f"job-{k}" for k in range(len(arrivals))]
     taken_at = np.array([worker_run.taken_at[name] for name in names]) - worker_run.opened
-    answered = np.array([worker_run.seconds[name] for name in names]) - worker_run.opened
+    answered = np.array([worker_run.answered_at[name] for name in names]) - worker_run.opened
     arrived = np.array(arrivals)
     return Load(arrived, answered - taken_at, np.ones(len(names))), taken_at - arrived
 
@@ -46,9 +46,9 @@ def compared(
     load: Load,  # of the real run
     wait: np.ndarray,  # (n,) seconds in the queue, of the real run
     workers: int,  # number of workers in it
-) -> dict[str, Any]:  # "real" and "simulated", each with percentiles of "wait" and "latency"; "ratio" of latency's p95
+) -> dict[str, Any]:  # "real", "simulated": percentiles; "ratio": latency's p95, simulated / real; "waits"
     "Simulate a real run and compare."
-    simulated = simulate(Endpoint(workers, workers), load)
+    simulated = simulate(Endpoint(min_workers=workers, max_workers=workers), load)
     percentiles = {}
     for name, waits in (("real", wait), ("simulated", simulated.wait)):
         percentiles[name] = {quantity: {f"p{k}": float(np.percentile(values, k)) for k in (50, 95, 99)}
@@ -67,13 +67,13 @@ def replay(
     worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
         "SDWORKER_LOAD": "eager", "SDWORKER_ENGINE": "diffusers", "OMP_NUM_THREADS": "1"}, 120 + 2 * n / rate,
         arrivals=arrivals, workers=workers)
-    if len(worker_run.seconds) < n:
-        raise RuntimeError(f"only {len(worker_run.seconds)} of {n} jobs were answered:\n{worker_run.log[-2000:]}")
+    if len(worker_run.answered_at) < n:
+        raise RuntimeError(f"only {len(worker_run.answered_at)} of {n} jobs were answered:\n{worker_run.log[-2000:]}")
     load, wait = measured(worker_run, arrivals)
     parameters = {"jobs": n, "rate": rate, "workers": workers, "seconds": float(load.seconds.mean())}
     return parameters | compared(load, wait, workers)
 
 if __name__ == "__main__" and "__file__" in globals():
     record = write_result(Path(sys.argv[1]), replay(), "python -m sdworker.lab.plan_vs_real: two workers with the "
-                          "embedded model, a thread each, at a loopback queue; the same jobs simulated")
+                          "embedded model, a thread each, at a local queue; the same jobs simulated")
     print({name: record[name] for name in ("real", "simulated", "ratio")})

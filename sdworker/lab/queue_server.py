@@ -25,7 +25,7 @@ from aiohttp import web
 class WorkerRun:
     "A record of the workers at the queue."
     answers: dict[str, dict] = field(default_factory=dict)  # by job id: what the SDK posted
-    seconds: dict[str, float] = field(default_factory=dict)  # by job id: when it was answered
+    answered_at: dict[str, float] = field(default_factory=dict)  # by job id
     taken_at: dict[str, float] = field(default_factory=dict)  # by job id: when a worker took it
     pings: list[float] = field(default_factory=list)  # when each heartbeat came
     workers: dict[str, str] = field(default_factory=dict)  # by job id: the worker that took it
@@ -80,7 +80,7 @@ class Queue(_Line):
 
     async def _answer(self, request: web.Request) -> web.Response:
         job, text = request.match_info["job"], await request.text()
-        self.worker_run.seconds[job] = self.now()
+        self.worker_run.answered_at[job] = self.now()
         self.worker_run.answers[job] = json.loads(text)
         return web.Response()
 
@@ -135,7 +135,7 @@ async def _run_workers(command, queue: Queue, environment, limit, stop) -> Worke
                                     start_new_session=True) for name in names]
         try:
             while (all(worker.poll() is None for worker in workers) and queue.now() < limit and not queue.interrupted
-                   and (len(queue.worker_run.seconds) < queue.jobs or not stop)):
+                   and (len(queue.worker_run.answered_at) < queue.jobs or not stop)):
                 await asyncio.sleep(0.02)
             queue.worker_run.code = next((code for worker in workers if (code := worker.poll()) is not None), None)
         finally:
