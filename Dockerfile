@@ -72,8 +72,9 @@ RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-i
 RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore-glob='nbs/8_lab/04_*' --ignore=nbs/8_lab/05_bench.ipynb \
         --ignore=nbs/8_lab/08_plan_vs_real.ipynb --ignore-glob='nbs/8_lab/*_gpu_*' \
         tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
-    && cd /opt/sdworker/sdworker && rm -r lab embedded/training.py embedded/tiny_models.py \
-        embedded/__pycache__/training.* embedded/__pycache__/tiny_models.* \
+    && rm -r /opt/sdworker/sdworker/lab /opt/sdworker/sdworker/embedded/training.py \
+        /opt/sdworker/sdworker/embedded/tiny_models.py /opt/sdworker/sdworker/embedded/__pycache__/training.* \
+        /opt/sdworker/sdworker/embedded/__pycache__/tiny_models.* \
     && touch /tests-passed
 
 # The model, fetched or half fetched in a cache that outlives the build, then copied, checked, compiled if that is
