@@ -135,13 +135,18 @@ def _fetch_all(files: list[ModelFile], staging: Path, on_bytes: OnBytes) -> list
 
 # %% ../../nbs/1_build/04_bake.ipynb #7c8522a6
 def _baked_before(to: Path, identity: dict, on_progress: Callable[[int, int], None]) -> dict | None:
-    """Return the manifest if `to` already holds this exact model. A damaged folder is renamed to `*.partial`, so that
-    the bake resumes from it; raises `ModelError` if `to` holds anything else."""
+    """Return the manifest if `to` already holds this exact model. If files or the manifest are wrong, the folder is
+    renamed to `*.partial`, so that the bake resumes from it; raises `ModelError` if `to` holds anything else."""
     if not to.exists() or not any(to.iterdir()):
         return None
     if not (to / MANIFEST).exists():
         raise ModelError(f"{to} holds something that was not baked; choose another folder.", lasting=True)
-    manifest = read_manifest(to)
+    try:
+        manifest = read_manifest(to)
+    except ModelError:
+        if read_json(to / MANIFEST).get("repository") != identity["repository"]:
+            raise
+        return _resume_from(to)
     if changed := [name for name in identity if manifest[name] != identity[name]]:
         raise ModelError(f"{to} holds a model with {', '.join(f'{name} {manifest[name]!r}' for name in changed)}, and "
                          f"{', '.join(f'{name} {identity[name]!r}' for name in changed)} is requested; choose "
@@ -150,10 +155,12 @@ def _baked_before(to: Path, identity: dict, on_progress: Callable[[int, int], No
         verify(to, on_progress=on_progress)
         return manifest
     except ModelError:
-        set_writable(to, True)
-        shutil.rmtree(_staging(to), ignore_errors=True)
-        to.rename(_staging(to))
-        return None
+        return _resume_from(to)
+
+def _resume_from(to: Path) -> None:
+    set_writable(to, True)
+    shutil.rmtree(_staging(to), ignore_errors=True)
+    to.rename(_staging(to))
 
 def _staging(to: Path) -> Path:
     return to.with_name(to.name + ".partial")
