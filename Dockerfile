@@ -10,7 +10,8 @@
 #   docker build -t sdworker --build-arg COMPILE_CACHE=cpu .    with a cache for torch.compile; cuda: for that GPU
 #
 # AOT=cuda needs CUDA's headers, which the base below lacks: BASE_IMAGE must have apt-get, Python 3.11 as python3,
-# and the toolkit of CUDA 12.8. It is shipped with all that is in it. AOT=cpu takes the base as it is.
+# and the toolkit of CUDA 12.8. It is shipped with all that is in it. AOT=cpu takes the base as it is. A few-step model
+# whose preset has a sampler of its own, and LoRAs that are not fused (FUSE_LORAS), end the build with that reason.
 #
 # `make image-test` builds it with buildah 1.28, which knows neither heredocs nor COPY --link.
 

@@ -124,7 +124,7 @@ def test() -> str:
     "Run the tests; pytest's last line."
     print("running the tests of " + ", ".join(TESTS), flush=True)
     output = run(PYTHON, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-n", "2", "--timeout=600",
-               *(ROOT / "tests" / f"test_{name}.py" for name in TESTS), path=(TOOLS,))
+                 *(ROOT / "tests" / f"test_{name}.py" for name in TESTS), path=(TOOLS,))
     return output.strip().splitlines()[-1]
 
 
@@ -149,7 +149,7 @@ def main() -> None:
         workers[what], pictures[what] = draw(what, **options)
     apart = {what: min(psnr(picture, pictures["diffusers"]), 99.0) for what, picture in pictures.items()}
     if min(apart.values()) < 40:
-        sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; 40 are version")
+        sys.exit(f"docs/lock_test.py: pictures lie {apart} dB from diffusers' own; at least 40 are needed")
     write_result(ROOT / "results" / "lock.json", {
         "sha256": lock, "machine": json.loads(run(PYTHON, "-c", VERSIONS)),
         "installed": {name: made[name] for name in ("seconds", "bytes")},

@@ -144,6 +144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdworker.build.bake._list_folder': ('1_build/bake.html#_list_folder', 'sdworker/build/bake.py'),
                                      'sdworker.build.bake._needs_fp16_vae': ('1_build/bake.html#_needs_fp16_vae', 'sdworker/build/bake.py'),
                                      'sdworker.build.bake._plan': ('1_build/bake.html#_plan', 'sdworker/build/bake.py'),
+                                     'sdworker.build.bake._resume_from': ('1_build/bake.html#_resume_from', 'sdworker/build/bake.py'),
                                      'sdworker.build.bake._staging': ('1_build/bake.html#_staging', 'sdworker/build/bake.py'),
                                      'sdworker.build.bake.bake': ('1_build/bake.html#bake', 'sdworker/build/bake.py'),
                                      'sdworker.build.bake.log_every_tenth': ('1_build/bake.html#log_every_tenth', 'sdworker/build/bake.py'),

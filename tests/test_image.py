@@ -257,7 +257,7 @@ def test_it_compiles_from_the_cache_that_was_filled_in_the_build(image, hub, loc
 @pytest.mark.image
 def test_the_model_is_what_the_hub_has(container, hub, tmp_path):
     assert {request.file for request in hub.requests if request.cdn} == {str(Path(path).relative_to(EMBEDDED))
-                                                               for path in EMBEDDED.rglob("*.safetensors")}
+                                                                       for path in EMBEDDED.rglob("*.safetensors")}
     report = json.loads(inside(container, "sdworker", "verify", "/model", "--json").stdout)
     assert (report["repository"], report["revision"]) == (MODEL, hub.commit(MODEL))
     ours = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}

@@ -237,7 +237,7 @@ def test_the_handler_imports_only_what_refusing_a_request_needs():
     imported_names = {name for name in names if not name.startswith("_")} - sys.stdlib_module_names
     imported_names -= {"sitecustomize"}  # Debian's interpreter brings it, whatever is imported
     assert imported_names == {"sdworker", "PIL", "defusedxml", "annotated_types", "dotenv", "pydantic", "pydantic_core",
-                       "pydantic_settings", "typing_extensions", "typing_inspection"}
+                              "pydantic_settings", "typing_extensions", "typing_inspection"}
 
 
 def test_refusing_a_request_needs_no_torch():

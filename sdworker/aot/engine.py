@@ -340,8 +340,8 @@ def _conditioning(name: str, engine: AotEngine, encoded: Encoded, params: Sampli
     return torch.tensor([values] * len(encoded["text"]), dtype=getattr(torch, engine.dtype), device=engine.device)
 
 # %% ../../nbs/3_aot/02_engine.ipynb #67e25710
-FIELDS = ("width", "height", "steps", "guidance", "guidance_stop", "sampler",
-          "strength")  # of `SamplingParams`; strength is for pictures, which are refused
+FIELDS = {"width", "height", "steps", "guidance", "guidance_stop", "sampler",
+          "strength"}  # of `SamplingParams`; strength is for pictures, which are refused
 
 def unsupported_reason(
     engine: AotEngine,  # its ranges and tables are used
@@ -365,7 +365,8 @@ def unsupported_reason(
             return f"{name} is {value}, and the AOT engine takes {minimum} to {maximum}"
     if f"{params.sampler or OWN} rows" not in engine.tables:
         return f"the AOT engine has no table of the scheduler {params.sampler or 'of the model'}"
-    ignored = ignored_fields(params, FIELDS)
+    known = FIELDS if engine.model.family.negative else FIELDS - {"guidance_stop"}  # FLUX has guidance built in
+    ignored = ignored_fields(params, known)
     return f"{ignored[0]}, and the AOT engine does not draw with that" if ignored else ""
 
 # %% ../../nbs/3_aot/02_engine.ipynb #bf63e505

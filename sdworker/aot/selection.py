@@ -89,7 +89,7 @@ def _default_unsupported(model: ModelInfo, folder: Path) -> str:
     from sdworker.engine.types import SamplingParams
 
     with safe_open(folder / "tables.safetensors", "np") as tables:
-        package = SimpleNamespace(about=read_json(folder / ABOUT), tables=set(tables.keys()))
+        package = SimpleNamespace(model=model, about=read_json(folder / ABOUT), tables=set(tables.keys()))
     return unsupported_reason(package, SamplingParams(model.side, model.side, model.steps, model.guidance), 1)
 
 def _no_package(settings: Settings, reason: str) -> ModelError:

@@ -58,7 +58,7 @@ def arguments(
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
 ) -> dict[str, Any]:  # by the pipeline's names; one that lacks some of them cannot take the request as it is
-    "The keyword arguments of a pipeline's call."
+    "The keyword arguments of a pipeline's call; raises `Unsuited` for a mask and a family that edits pictures."
     kwargs: dict[str, Any] = {
         "prompt": [spec.prompt for spec in specs], "width": params.width, "height": params.height,
         "num_inference_steps": params.steps, family.guidance_argument: params.guidance, "output_type": "pt",
@@ -68,6 +68,8 @@ def arguments(
             family.needs_negative or set(negative_prompts) != {" "}):
         kwargs["negative_prompt"] = negative_prompts
     if family.edits:
+        if params.mode == "inpaint":
+            raise Unsuited(f"mask_image is of no use to {family.name}; leave it out.")
         kwargs["image"] = specs[0].image
     elif params.mode != "txt2img":
         size = (params.width, params.height)
@@ -186,7 +188,7 @@ class FamilyEngine(DiffusersEngine):
         return self.model.family.staged and params.mode == "txt2img"
 
     def route(self, params, images):
-        "Return this engine, and its warnings; raises `Unsuited` without the refiner, or for a field it would ignore."
+        "As of `Engine`; raises `Unsuited` for `refiner_start` without a refiner, and for a field that it would ignore."
         if params.refiner_start < 1 and not self.refine:
             raise Unsuited(f"refiner_start is {params.refiner_start:g}, and this model has no refiner; leave it out.")
         refuse_ignored(params, STAGED_FIELDS | {"refiner_start"} if self._staged(params) else ONE_CALL_FIELDS)

@@ -120,7 +120,7 @@ def refuse_ignored(
 ) -> None:
     "Raise `Unsuited` if an engine would ignore a field."
     if ignored := ignored_fields(params, known):
-        raise Unsuited(f"{ignored[0]}, and this model does not draw with that; leave it out.")
+        raise Unsuited(f"{ignored[0]}, which has no effect here; leave it out.")
 
 # %% ../../nbs/2_engine/01_types.ipynb #165e6683
 def image_seeds(
