@@ -14,8 +14,9 @@ os.environ["SDWORKER_AOT_DIR"] = str(Path(__file__).parent.parent / "out" / "no-
 
 
 COMPILING = ("2_engine/14_torch_compile", "8_lab/07_break_even")  # what they show cannot be had without a compiler
-SLOW = (*COMPILING, "8_lab/04_coldstart", "8_lab/05_bench", "8_lab/08_plan_vs_real", "8_lab/10_gpu_checks",
-        "8_lab/11_gpu_headline")  # benchmarks in small, and the GPU programme, dry
+SLOW = (*COMPILING, "7_embedded/02_training", "8_lab/01_quality", "8_lab/04_coldstart", "8_lab/05_bench",
+        "8_lab/08_plan_vs_real", "8_lab/10_gpu_checks",
+        "8_lab/11_gpu_headline")  # training, quality and benchmarks in small, and the GPU programme, dry
 
 
 def pytest_collection_modifyitems(items):

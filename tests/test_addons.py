@@ -44,8 +44,9 @@ def expected():
 
 
 @pytest.mark.parametrize(("setting", "value", "warning"), [
-    ("QUANTIZE", "int8", ""), ("QUANTIZE", "denoiser=int8,text_encoder_2=int8", ""),
-    ("QUANTIZE", "nf4", "nf4 needs a CUDA device"), ("STEP_CACHE", "2", ""), ("STEP_CACHE", "1", "")])
+    pytest.param("QUANTIZE", "int8", "", marks=pytest.mark.slow),
+    ("QUANTIZE", "denoiser=int8,text_encoder_2=int8", ""), ("QUANTIZE", "nf4", "nf4 needs a CUDA device"),
+    ("STEP_CACHE", "2", ""), ("STEP_CACHE", "1", "")])
 def test_a_switch_is_used_or_says_why_not(setting, value, warning, expected):
     answers, log = handled("embedded", PLAIN, **{f"SDWORKER_{setting}": value})
     assert warning in " ".join(answers["plain"]["warnings"]) and bool(answers["plain"]["warnings"]) == bool(warning)

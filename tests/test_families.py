@@ -71,15 +71,16 @@ def test_what_an_unknown_class_does_not_take_is_refused(tmp_path):
     """Latent consistency models take neither a negative prompt nor another guidance's argument, and have a sibling."""
     folder = miniature("LatentConsistencyModelPipeline", tmp_path / "tiny")
     (folder / "sdworker.json").write_text('{"side": 64}')  # nothing of steps and guidance
-    answers, _ = handled(folder, {"plain": {}, "unwanted": {"negative_prompt": "blue"}, "told": {
+    answers, _ = handled(folder, {"plain": {}, "unwanted": {"negative_prompt": "blue"}, "explicit": {
         "num_inference_steps": 4, "guidance_scale": 8.5}, "image": {"image": data_uri(RED)}})
     assert answers["unwanted"]["error"].startswith("negative_prompt is of no use to a LatentConsistencyModelPipeline")
-    assert np.array_equal(pixels(answers["plain"])[0], pixels(answers["told"])[0]), "by the class's own defaults"
+    assert np.array_equal(pixels(answers["plain"])[0], pixels(answers["explicit"])[0]), "by the class's own defaults"
     assert pixels(answers["image"])[0].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionXLPipeline", *(
-    name for name, family in FAMILIES.items() if family.from_image and name in MINIATURES)])
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "FluxPipeline"))
+    for name, family in FAMILIES.items() if family.from_image and name in MINIATURES)])
 def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     folder = miniature(pipeline, tmp_path / "tiny") if pipeline in MINIATURES else "embedded"
     red, mask, steps = data_uri(RED), data_uri(MASK), {"num_inference_steps": 4}
