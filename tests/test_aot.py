@@ -184,6 +184,20 @@ COMMAND_AND_SETTINGS = """annotated_doc annotated_types dotenv pydantic pydantic
 DRAWING = "PIL numpy safetensors tokenizers torch torchgen"
 
 
+def test_a_part_compiled_where_libstdcxx_is_linked_into_every_library_is_opened(tmp_path):
+    """As on a rented machine with an H100, whose compiler did so: the process that opened it crashed."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-shared*) set -- "$@" -static-libstdc++;; esac\n'
+                        f'exec {shutil.which("g++")} "$@"\n')
+    compiler.chmod(0o755)
+    code = ("import sys, torch; from pathlib import Path; from sdworker.aot.engine import open_part; "
+            "from sdworker.aot.export import package; file = Path(sys.argv[1]); "
+            "package(torch.nn.Linear(8, 8), (torch.ones(2, 8),), file); open_part(file)")
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / "part.pt2"], check=True,
+                   env=os.environ | environment)
+
+
 def test_what_a_start_imports_before_the_first_picture_is_counted(package):
     """A budget: packages by name, and all modules; 1,460 were counted when it was made, a pipeline needs 3,000."""
     worker_run = run_workers([sys.executable, "-c", IMPORTED], [job("first")],

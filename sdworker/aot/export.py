@@ -80,6 +80,7 @@ _FEW = 2**16  # numbers; smaller constants are stored even if unused, so that th
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay in the model's files
     "aot_inductor.compile_wrapper_opt_level": "O0",  # of the code between kernels; a quarter less time to compile
+    "aot_inductor.custom_op_libs": [":libstdc++.so.6"],  # torch's own; a second one linked in crashes when opened
 }
 
 # %% ../../nbs/3_aot/04_export.ipynb #00c5a2ea
