@@ -264,12 +264,12 @@ def _compile(model_folder: Path | None, name: str | None, device: str | None, sh
 
 @contextmanager
 def _of_steps(shown: bool):
-    "A progress bar, or lines where there is no terminal; yields a callback for steps done, steps in all and a label."
+    "A progress bar, or lines on stderr where it is no terminal; yields a callback for steps done, all and a label."
     if sys.stderr.isatty():
         with bar(shown, "loading") as on_progress:
             yield on_progress
     else:
-        yield lambda done, total, label: shown and typer.echo(f"{done} of {total}: {label}", err=True)
+        yield lambda done, total, label: typer.echo(f"{done} of {total}: {label}", err=True)
 
 # %% ../../nbs/9_cli/02_main.ipynb #344075ed
 @app.command()
