@@ -44,9 +44,9 @@ class Stage:
     answers: str  # which question
 
 STAGES = {  # in order of value
-    "checks": Stage("gpu_checks.checks", 500, "Does every part of the worker work on a GPU?"),
+    "checks": Stage("gpu_checks.checks", 900, "Does every part of the worker work on a GPU?"),
     "headline": Stage("gpu_programme.headline_ways", 1000, "How fast is one image of SDXL by each way?"),
-    "bake": Stage("gpu_starts.bake_aot", 450, "Can SDXL be compiled ahead of time, and in which time?"),
+    "bake": Stage("gpu_starts.bake_aot", 550, "Can SDXL be compiled ahead of time, and in which time?"),
     "starts": Stage("gpu_starts.measure_starts", 400, "How long is a cold start with 6.9 GB of weights?"),
     "compiled": Stage("gpu_starts.measure_aot", 450, "What does compiling ahead of time save?"),
     "bench": Stage("gpu_programme.bench_rows", 1500, "What does each switch bring on SDXL's architecture?"),
