@@ -19,8 +19,8 @@ import torch
 from ..engine.diffusers_pipeline import randn
 
 # %% ../../nbs/3_aot/01_sampler_tables.ipynb #e8a83e5f
-MOST_STEPS = 100  # tables are made for 1 to this many
-TABLED = ("euler", "euler_a", "ddim", "dpmpp_2m")  # samplers that an AOT package has
+MOST_STEPS = 100  # denoising steps; there is a table for each number from 1 on
+TABLED = ("euler", "euler_a", "ddim", "dpmpp_2m")  # samplers of which an AOT package has tables
 
 @dataclass(frozen=True)
 class Table:
@@ -40,10 +40,10 @@ class Table:
 def make_table(
     scheduler: Any,  # of diffusers; its state is changed
     steps: int,  # denoising steps, 1 or more
-    **timestep_kwargs: Any,  # further arguments of its `set_timesteps`
+    **timestep_kwargs: Any,  # further arguments of the scheduler's `set_timesteps`
 ) -> Table:  # with a row per step
     "Compute a scheduler's weights for a number of steps. Raises `ValueError` if a step is no such weighted sum."
-    random, module = torch.Generator().manual_seed(0), sys.modules[type(scheduler).__module__]
+    random, module = torch.Generator().manual_seed(0), sys.modules[type(scheduler).__module__]  # its noise is replaced
     scheduler.set_timesteps(steps, **timestep_kwargs)
     flow_matching = not hasattr(scheduler, "scale_model_input")  # then nothing is scaled
     previous, rows = [torch.zeros(1, 1, 1, _RUNS)] * 2, []
@@ -63,10 +63,10 @@ def make_table(
     weights[np.abs(weights) < 1e-9] = 0
     return Table(np.concatenate([np.array(rows)[:, :3], weights], 1))
 
-_RUNS = 2048
+_RUNS = 2048  # elements of a random tensor; each is a run of its own
 
 def _solve(terms: np.ndarray, result: np.ndarray, scheduler: Any) -> np.ndarray:
-    "The weights whose sum of terms is the result, by least squares; 0 for a term of zeros."
+    "The weights with which the terms add up to the result, by least squares; 0 for a term of zeros."
     square = terms.T @ terms
     weights = np.linalg.solve(square + np.diag(np.diag(square) == 0), terms.T @ result)
     if not np.abs(terms @ weights - result).max() <= 1e-5 * max(1.0, np.abs(result).max()):
@@ -78,7 +78,7 @@ def _solve(terms: np.ndarray, result: np.ndarray, scheduler: Any) -> np.ndarray:
 def make_tables(
     scheduler: Any,  # of diffusers; its state is changed
     max_steps: int = MOST_STEPS,  # tables for 1 to this many steps
-    timestep_kwargs: Callable[[int], dict[str, Any]] = lambda steps: {},  # of `make_table`, by number of steps
+    timestep_kwargs: Callable[[int], dict[str, Any]] = lambda steps: {},  # from a number of steps, for `make_table`
 ) -> tuple[np.ndarray, np.ndarray]:  # float64 (rows, 8), and int64 (max_steps + 1): the end of each table's rows
     "Tables for all numbers of steps, one below the other. Raises `ValueError` as `make_table` does."
     tables = [make_table(scheduler, steps, **timestep_kwargs(steps)).rows for steps in range(1, max_steps + 1)]
@@ -103,6 +103,7 @@ def shifted(
     rows = table.rows.copy()
     sigmas = np.append(rows[:, 0] / 1000, 0.0)
     sigmas[:-1] = np.exp(mu) / (np.exp(mu) + 1 / sigmas[:-1] - 1)
+    # the timestep, 1000 times the noise level; and b, the distance to the next level
     rows[:, 0], rows[:, 4] = 1000 * sigmas[:-1], np.diff(sigmas)
     return Table(rows)
 
@@ -137,7 +138,7 @@ def run_table(
     previous: list[torch.Tensor] = []
     for step, (t, scale, _, *weights) in enumerate(table.rows.tolist(), 1):
         m = denoiser((x * scale).to(dtype), t)
-        terms = [x, m, *(previous or [x, m])]
+        terms = [x, m, *(previous or [x, m])]  # at the first step c and d are 0
         if table.noisy:
             terms.append(noise_like(shape, generators, dtype, device))
         previous = [x, m]

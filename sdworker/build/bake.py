@@ -208,7 +208,7 @@ def bake(
     model: str,  # "owner/name" on the hub, a folder, or "embedded"
     to: Path,  # folder to make
     revision: str | None = None,  # commit, tag or branch; default: the hub's main
-    variant: str = "fp16",  # of the weights; empty: those without one
+    variant: str = "fp16",  # of the weights; empty: weights without a variant
     addons: str = "",  # as in SDWORKER_ADDONS
     on_progress: Callable[[int, int], None] = lambda done, total: None,  # bytes done, bytes in all
 ) -> dict:  # the manifest

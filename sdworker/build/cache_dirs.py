@@ -20,7 +20,7 @@ from ..core.settings import Settings
 @dataclass(frozen=True)
 class Cache:
     "A folder for files that can be fetched or made again."
-    name: str  # of the variable that sets it
+    name: str  # environment variable that names the folder
     build: str  # folder while the image is built; empty: none
     run: str  # folder in the running container
     holds: str  # contents, for people

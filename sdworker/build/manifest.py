@@ -32,7 +32,7 @@ class _Entry(BaseModel):
     repository: str
     revision: str | None  # commit
     license: str | None  # identifier
-    cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes and sha256 as they were fetched
+    cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes, sha256 of the fetched file
 
 class _Fused(BaseModel):
     "LoRAs that were added into the weights after these had been fetched."

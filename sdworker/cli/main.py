@@ -6,7 +6,7 @@
 __all__ = ['app', 'generate', 'bake', 'verify', 'serve', 'start', 'main']
 
 # %% ../../nbs/9_cli/02_main.ipynb #169d08d1
-import sdworker.start.timeline  # noqa: F401, I001  # first of all: with it the clock of a cold start begins
+import sdworker.start.timeline  # noqa: F401, I001  # first: it starts the timeline of a cold start
 import base64
 import json
 import os
@@ -25,7 +25,7 @@ from ..core.settings import SettingsError, get_settings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown", help=(
                       "A Stable Diffusion worker for serverless GPUs. Settings come from `SDWORKER_*` variables."))
-app.add_typer(reports)  # its commands become commands of this one
+app.add_typer(reports)  # the commands that report, under their own names
 
 # %% ../../nbs/9_cli/02_main.ipynb #63ffc822
 def _write(drawn, out: Path, request: JobRequest) -> list[dict]:  # path, prompt, seed and seconds of each picture
@@ -94,13 +94,13 @@ def _show(report: dict) -> None:
         typer.echo(f"sdworker: {warning}", err=True)
 
 def _local(payload: dict, out: Path, shown: bool) -> dict:
-    "Check, load, draw and write here; shown: with a progress bar."
+    "Check, load, draw and write on this machine; with a progress bar if `shown`."
     from sdworker.engine.types import prepare
     from sdworker.start.load import initialize_model, model_info
 
     model, settings = model_info(), get_settings()
     request = parse_request(payload, model, settings.model_copy(update={"max_images": sys.maxsize}))
-    out.mkdir(parents=True, exist_ok=True)  # a name that cannot be a folder is found out before the work, not after
+    out.mkdir(parents=True, exist_ok=True)  # before the work: a name that cannot be a folder fails at once
     with bar(shown, "drawing") as on_step:
         engine = initialize_model()
         from sdworker.engine.generate import draw
@@ -161,9 +161,9 @@ def bake(
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
-    With --aot, compile it for this kind of machine, into SDWORKER_AOT_DIR, so that workers start without
-    diffusers; with weights in fewer bits where SDWORKER_QUANTIZE says so. May be interrupted and called again. A token
-    comes from HF_TOKEN, or from the file that HF_TOKEN_PATH names.
+    With --aot, compile it for this kind of machine, into SDWORKER_AOT_DIR, so that workers start without diffusers;
+    SDWORKER_QUANTIZE=int8 compiles it with eight-bit weights. The command may be interrupted and called again. For a
+    gated model, HF_TOKEN has the token, or HF_TOKEN_PATH names its file.
 
     Examples:
 
@@ -172,7 +172,7 @@ def bake(
 
         sdworker bake owner/name --to model --addons lora=owner/style@COMMIT:style.safetensors --fuse-loras 0.8
 
-        sdworker bake --aot    # SDWORKER_QUANTIZE=int8 before it: with weights in eight bits
+        SDWORKER_QUANTIZE=int8 sdworker bake --aot
 
         SDWORKER_AOT_DIR=/runpod-volume/sdworker/aot sdworker bake --aot --device cuda
     """
@@ -198,7 +198,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str
             manifest = bake(model, to, revision, variant, addons, on_progress)
     except KeyboardInterrupt:
         typer.echo("sdworker: interrupted; the same command goes on from here.", err=True)
-        os._exit(130)  # at once: a download that hangs would be waited for
+        os._exit(130)  # at once: an ordinary exit waits for every download, also for one that hangs
     if scale is not None:
         with plain_errors():
             from sdworker.engine.lora_refiner import fuse_loras
@@ -255,7 +255,7 @@ def _compile(model_folder: Path | None, name: str | None, device: str | None, sh
         from sdworker.engine.torch_compile import fill_cache
 
         settings, model, device, dtype = _to_compile(model_folder, name, device)
-        folder = fill_cache(
+        folder = fill_cache(  # "cached" reads what "regional" compiles
             build_pipeline(defaults(compile="regional", max_batch=settings.max_batch), model, device, dtype),
             settings.max_batch)
     if shown:
@@ -264,7 +264,7 @@ def _compile(model_folder: Path | None, name: str | None, device: str | None, sh
 
 @contextmanager
 def _of_steps(shown: bool):
-    "A progress bar, or lines on stderr where it is no terminal; yields a callback for steps done, all and a label."
+    "A progress bar, or lines if stderr is no terminal; yields a callback that takes steps done, the total, a label."
     if sys.stderr.isatty():
         with bar(shown, "loading") as on_progress:
             yield on_progress
@@ -278,7 +278,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Lengths and headers only: milliseconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
-    """See that a baked model is what its manifest says, byte for byte.
+    """Check that a baked model is what its manifest says, byte for byte.
 
     Examples:
 

@@ -27,9 +27,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 # %% ../../nbs/9_cli/01_reports.ipynb #22a456b2
 @contextmanager
 def plain_errors(
-    *more: type[Exception],  # in addition to those of every command
-) -> Iterator[None]:
-    "Turn the errors that are the user's into one line on stderr; raises `typer.Exit` with code 1."
+    *more: type[Exception],  # errors of one command, in addition to those that are listed below
+) -> Iterator[None]:  # a context manager
+    "Turn an error that the user can correct into one line on stderr; raises `typer.Exit` with code 1."
     try:
         yield
     except (SettingsError, ModelError, RequestError, Unsuited, OSError, *more) as error:
@@ -47,9 +47,9 @@ def plain_errors(
 def bar(
     shown: bool,  # False: nothing is drawn
     label: str,  # text beside the bar, unless a call brings its own
-    of_bytes: bool = False,  # else steps
+    of_bytes: bool = False,  # True: progress is in bytes; False: in steps
 ):
-    "A progress bar on stderr; yields a callback for steps or bytes done and in all."
+    "A progress bar on stderr; yields a callback that takes the steps or bytes done, the total, and perhaps a text."
     from rich import progress as rich
     from rich.console import Console
 
@@ -152,7 +152,7 @@ def bench(
 
 # %% ../../nbs/9_cli/01_reports.ipynb #c0321652
 def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> None:
-    "Print a table, what is not in it and why, and where its figures are."
+    "Print a table, the switches without figures and why, and the path of the record."
     from rich.console import Console
     from rich.table import Table
 
@@ -165,7 +165,7 @@ def _show(lines: list[tuple[str, ...]], unused: dict[str, str], path: Path) -> N
     typer.echo(f"written: {path}")
 
 def _go_on(missing: dict[str, str], path: Path) -> NoReturn:
-    "Report what is left for another call, and why."
+    "Report which rows are left for the next call, and why; then end the command with code 3."
     for name, reason in missing.items():
         typer.echo(f"not measured yet: {name}: {reason}", err=True)
     typer.echo(f"sdworker: call again to go on. What is done is in {path}.", err=True)
@@ -358,7 +358,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Only what every start looks at: milliseconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
-    """Look for what keeps a worker from answering, or makes it slow or dear.
+    """Look for what keeps a worker from answering, or makes it slow or expensive.
 
     Examples:
 

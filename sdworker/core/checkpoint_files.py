@@ -76,16 +76,16 @@ def weight_files(
 # %% ../../nbs/0_core/05_checkpoint_files.ipynb #9c0f1061
 def header_of(
     path: Path,  # safetensors
-) -> tuple[int, dict]:  # bytes before the data, and the header's JSON; not to be changed
+) -> tuple[int, dict]:  # bytes before the data, and the header's JSON, which is cached: do not change it
     "Read a safetensors file's header, once while the file stays as it is; raises `ModelError`."
     try:
         stat = path.stat()
-        recent = time.time() - stat.st_mtime < 1  # another change may have the same time stamp
+        recent = time.time() - stat.st_mtime < 1  # not cached yet: another change may have the same time stamp
         read = _read_header.__wrapped__ if recent else _read_header
         return read(path, stat.st_size, stat.st_mtime_ns)
     except FileNotFoundError:
         raise _missing(path) from None
-    except OSError as error:  # of a volume, say; it may pass
+    except OSError as error:  # for example a volume's; a retry may help
         raise ModelError(f"{path} cannot be read ({error}); see that its volume is mounted.") from None
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise ModelError(f"{path} is no safetensors file ({error}); fetch the model again.", lasting=True) from None
@@ -99,7 +99,7 @@ def _read_header(path: Path, size: int, modified: int) -> tuple[int, dict]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     for entry in header.values():
-        prod(entry["shape"]), entry["data_offsets"][1]  # what its readers rely on
+        prod(entry["shape"]), entry["data_offsets"][1]  # raises if an entry lacks what callers read
     return 8 + length, header
 
 def check_length(

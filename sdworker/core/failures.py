@@ -45,7 +45,8 @@ def _causes_before_ours(error: BaseException) -> Iterator[BaseException]:
 
 # %% ../../nbs/0_core/07_failures.ipynb #84e29674
 LASTING = {  # CUDA's codes and words of errors after which this process cannot draw
-    226: "Invalid access of peer GPU memory over nvlink or a hardware error",  # "must be terminated and relaunched"
+    # the thirteen of CUDA's description: "the process must be terminated and relaunched"
+    226: "Invalid access of peer GPU memory over nvlink or a hardware error",
     700: "an illegal memory access was encountered",
     702: "the launch timed out and was terminated",
     710: "device-side assert triggered",
@@ -58,7 +59,7 @@ LASTING = {  # CUDA's codes and words of errors after which this process cannot 
     721: "tensor memory not completely freed",
     810: "the MPS client has been terminated by the server",
     911: "an async error has occured in external entity outside of CUDA",  # as CUDA spells it
-    46: "CUDA-capable device(s) is/are busy or unavailable",  # from here on: our own judgement
+    46: "CUDA-capable device(s) is/are busy or unavailable",  # from here on: without that sentence; our own judgement
     100: "no CUDA-capable device is detected",
     209: "no kernel image is available for execution on the device",
     214: "uncorrectable ECC error encountered",

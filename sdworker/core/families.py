@@ -29,12 +29,12 @@ DISTILLED = {
 # %% ../../nbs/0_core/03_families.ipynb #3f1e6a02
 VAE_LEVELS = {  # key of the list of levels in a VAE's configuration (the first that exists) -> levels that do not halve
     "block_out_channels": 1, "temperal_downsample": 0, "encoder_block_out_channels": 1}
-LOAD = {"add_watermarker": False, "processor": None}  # no watermark; transformers' own processor needs torchvision
+LOAD = {"add_watermarker": False, "processor": None}  # for `from_pretrained`; transformers' processor needs torchvision
 
 def flux_text_length(
     denoiser: Mapping[str, Any],  # its configuration
 ) -> int | None:  # tokens; None: the pipeline's default
-    "Return how much text a FLUX.1 reads; one without guidance in its denoiser is schnell, which reads less."
+    "Return how much text a FLUX.1 model reads; without guidance in its denoiser it is schnell, which reads less."
     return None if denoiser.get("guidance_embeds", True) else 256
 
 # %% ../../nbs/0_core/03_families.ipynb #cb57a739
@@ -47,7 +47,7 @@ class Family:
     parameters: float  # billions, of all components that are loaded
     steps: int  # default
     guidance: float  # default
-    side: int = 1024  # pixels; used if the model's configuration has none
+    side: int = 1024  # pixels; native width and height, if the model's configuration has none
     patch: int = 1  # latents; width and height of one token of a transformer
     vae_levels: Mapping[str, int] = field(default_factory=lambda: VAE_LEVELS)  # for `model_info.vae_scale`
     guidance_argument: str = "guidance_scale"  # the pipeline's argument for guidance
@@ -56,7 +56,7 @@ class Family:
     needs_negative: bool = False  # guidance works only with a negative prompt, which may be blank
     text_length: Callable[[Mapping[str, Any]], int | None] = lambda denoiser: None  # see `flux_text_length`
     samplers: str = ""  # a key of `schedulers.SAMPLER_GROUPS`: what a request may name; empty: only the model's own
-    staged: bool = False  # three calls: encode, denoise, decode; so guidance can end early and a refiner take over
+    staged: bool = False  # drawn in three calls: encode, denoise, decode; guidance can end early, a refiner take over
     step_cache: str = ""  # method: "deepcache" or "taylorseer"; empty: none
     compiles: bool = False  # can be compiled ahead: `aot.modules.AOT_SPECS` has a row for it
     grows: bool = False  # whether a longer prompt makes the denoiser's call larger
@@ -123,7 +123,7 @@ def family_of(
 
 # %% ../../nbs/0_core/03_families.ipynb #5cd8238b
 ROOM = 3.0  # GB beyond the weights: the peak at a megapixel, as published for SDXL, and CUDA's own memory
-GPU_NAMES = {16: "A4000", 24: "A5000, 4090", 48: "A6000, L40S", 80: "A100, H100"}  # RunPod's, by GB
+GPU_NAMES = {16: "A4000", 24: "A5000, 4090", 48: "A6000, L40S", 80: "A100, H100"}  # GB of memory -> GPUs at RunPod
 
 def gpu_for(
     family: Family,  # with its number of parameters

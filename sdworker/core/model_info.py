@@ -52,7 +52,7 @@ def causes(
     "Iterate over an error and the chain of its causes."
     while error:
         yield error
-        error = error.__cause__ or error.__context__  # the second: raised while handling it, without `from`
+        error = error.__cause__ or error.__context__  # `__context__`: for a raise without `from`
 
 # %% ../../nbs/0_core/04_model_info.ipynb #1eb0b897
 EMBEDDED = Path(sdworker.__file__).parent / "embedded" / "model"  # the model that travels with the package
@@ -67,7 +67,7 @@ def read_json(
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; the folder must hold a complete diffusers pipeline.") from None
-    except OSError as error:  # of a volume, say; it may pass
+    except OSError as error:  # for example a volume's; a retry may help
         raise ModelError(f"{path} cannot be read ({error}); see that its volume is mounted.") from None
     except ValueError as error:
         raise ModelError(f"{path} cannot be read ({error}); fetch the model again.", lasting=True) from None

@@ -29,7 +29,8 @@ SAMPLERS = {  # name in a request -> diffusers' class, and changes of the model'
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-SAMPLER_GROUPS = {"noise": tuple(SAMPLERS), "": ()}  # `Family.samplers` -> names for a request; noise: it is predicted
+# `Family.samplers` -> samplers that a request may name; "noise": for models that predict noise; "": for all others
+SAMPLER_GROUPS = {"noise": tuple(SAMPLERS), "": ()}
 
 # %% ../../nbs/0_core/06_schedulers.ipynb #87a5db5e
 OTHER_NAMES = {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Any, Literal
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or it reads what every installed package registers
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # else pydantic searches all packages for plugins
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -95,7 +95,7 @@ class _Drawing(_Log):
         return value
 
 # %% ../../nbs/0_core/01_settings.ipynb #03117b67
-PROFILES = {  # defaults in a profile; a setting of one's own goes before
+PROFILES = {  # profile -> its defaults; a variable that the user sets overrides them
     "fast": {},
     "guide": {"engine": "diffusers", "attention": "xformers+sliced", "load": "lazy"},
     "lowmem": {"engine": "diffusers", "vae_decode": "tiled", "offload": "model", "max_batch": 1},
@@ -144,7 +144,7 @@ def _short(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 def _printable(field: str) -> str:
-    "A field's name, escaped if need be: it may hold line ends meant for a log."
+    "A field's name, escaped if a client has put line ends into it, which would forge lines of the log."
     return _short(field if field.isprintable() else ascii(field))
 
 # %% ../../nbs/0_core/01_settings.ipynb #16ab022c

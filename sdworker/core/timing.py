@@ -87,7 +87,7 @@ def summary(
 def timed(
     call: Callable[[], object],  # what to time
     repeat: int = 5,  # counted calls, at least 1
-    warmup: int = 1,  # calls before them
+    warmup: int = 1,  # calls before the counted ones
 ) -> dict[str, float]:  # seconds: "median", "min", "max"
     "Time a call several times."
     for _ in range(warmup):
@@ -159,7 +159,7 @@ def write_result(
 
 # %% ../../nbs/0_core/02_timing.ipynb #a1c20f02
 def measured_on(
-    record: Mapping[str, Any],  # with "machine", and "date" if it was kept
+    record: Mapping[str, Any],  # with "machine"; "date" may be missing
     lock: Path | None = None,  # a lock file, such as the image's; its torch is named if it differs
 ) -> str:  # for a caption
     "Describe where a record was measured: cores, GPU, torch, the lock file's torch, and the date."

@@ -61,12 +61,12 @@ _OUTLINES = {
 def coverage(
     shape: str,  # one of `SHAPES`
     cx: float,  # centre of its bounding box, pixels from the left
-    cy: float,  # the same from the top
-    half: float,  # half of its longer side, pixels
+    cy: float,  # that centre, pixels from the top
+    half: float,  # half of the bounding box's longer side, pixels
     side: int = SIDE,  # width and height of the result, pixels
 ) -> np.ndarray:  # float32 (side, side) in 0..1: how much of each pixel the shape covers
     "A shape as an anti-aliased mask."
-    fine = 4
+    fine = 4  # times larger, then averaged down
     mask = Image.new("L", (side * fine, side * fine))
     pen = ImageDraw.Draw(mask)
 
@@ -81,7 +81,7 @@ def coverage(
 # %% ../../nbs/7_embedded/01_shapes.ipynb #fa8c282e
 def draw(
     scene: Scene,  # what to show; all four attributes set
-    seed: int,  # of the jitter: the same seed gives the same picture
+    seed: int,  # decides position and size: the same seed gives the same picture
     side: int = SIDE,  # width and height, pixels
 ) -> Image.Image:  # RGB
     "Draw a scene, with jitter in the shape's position and size."
@@ -144,7 +144,7 @@ def parse(
 ) -> Scene:  # attributes that the text does not name are `None`
     "Read the scene that a prompt asks for."
     words = re.findall(r"[a-z]+", prompt.lower())
-    colours = [k for k, word in enumerate(words) if word in COLOURS]
+    colours = [k for k, word in enumerate(words) if word in COLOURS]  # positions of the colour words
 
     def is_background(k: int) -> bool:
         before = [word for word in words[max(0, k - 2):k] if word not in ("a", "an", "the")]
@@ -169,7 +169,7 @@ def _nearest(
 def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     "Largest 4-connected piece of a boolean mask, and the pixels of each piece, largest first."
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
+    while True:  # each pixel takes the largest label next to it, until none changes
         padded = np.pad(labels, 1)
         around = np.max([padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1], labels], axis=0)
         spread = np.where(mask, around, 0)
@@ -185,20 +185,20 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
 STRAY = 20  # largest size, in pixels, of a piece that belongs to neither shape nor background
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    "Background colour, shape colour and coverage (each pixel's share of the second); None unless it has two colours."
+    "Background colour, shape colour, and each pixel's share of the shape colour; None if there are other colours."
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     back = np.median(frame, axis=0)
-    if (np.linalg.norm(frame - back, axis=1) > 60).mean() > 0.1:
+    if (np.linalg.norm(frame - back, axis=1) > 60).mean() > 0.1:  # the frame has several colours
         return None
     distance = np.linalg.norm(pixels - back, axis=-1)
     inside = distance > max(40.0, 0.7 * np.percentile(distance, 98))
-    if inside.sum() < 60:
+    if inside.sum() < 60:  # pixels: too few for any shape
         return None
     front = np.median(pixels[inside], axis=0)
     axis = front - back
     share = ((pixels - back) @ axis / (axis @ axis)).clip(0, 1)
-    strange = np.linalg.norm(pixels - back - share[..., None] * axis, axis=-1) > 50
+    strange = np.linalg.norm(pixels - back - share[..., None] * axis, axis=-1) > 50  # no mixture of the two
     return None if max(_pieces(strange)[1], default=0) > STRAY else (back, front, share)
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #b9702bf3
@@ -208,6 +208,7 @@ def _centre(share: np.ndarray) -> tuple[float, float, float]:
     area = share.sum()
     return float(area), float(share.sum(0) @ position / area), float(share.sum(1) @ position / area)
 
+# area and centre of each shape, drawn with half = 100 at (128, 128)
 _MOMENTS = {shape: np.array(_centre(coverage(shape, 128, 128, 100, 256))) for shape in SHAPES}
 
 def _outline(share: np.ndarray, shape: str) -> tuple[float, np.ndarray]:
@@ -237,7 +238,8 @@ def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     outlines = {shape: _outline(share * _grown(piece), shape) for shape in SHAPES}
     (second, _), (best, shape) = sorted((_overlap(share, drawn), shape) for shape, (_, drawn) in outlines.items())[-2:]
     half, drawn = outlines[shape]
-    size = "small" if half <= 17 else "large" if half >= 20 else None
+    size = "small" if half <= 17 else "large" if half >= 20 else None  # small is drawn up to 15, large from 22
+    # inside the outline and not covered, or outside and covered
     wrong = (share < 0.75) & ~_grown(drawn <= 0.5) | (share > 0.25) & ~_grown(drawn > 0.5)
     clear = best >= OVERLAP and best - second >= MARGIN and wrong.sum() <= OFF
     return size, shape if clear else None
@@ -257,7 +259,7 @@ def check(
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #0eb05524
 def judge(
-    image: Image.Image,  # as for `check`
+    image: Image.Image,  # any size and mode, as for `check`
     prompt: str,  # the prompt it was drawn from
 ) -> dict[str, bool]:  # whether it is right, by attribute that the prompt names
     "Compare a picture with its prompt, attribute by attribute."
@@ -271,7 +273,7 @@ def held_out(
     "Whether a scene is excluded from training."
     indices = (list(SIZES).index(scene.size), list(COLOURS).index(scene.colour),
                SHAPES.index(scene.shape), list(COLOURS).index(scene.background))
-    return sum(a * b for a, b in zip(indices, (5, 3, 1, 7), strict=True)) % 10 == 0
+    return sum(a * b for a, b in zip(indices, (5, 3, 1, 7), strict=True)) % 10 == 0  # factors that mix the attributes
 
 def pairs(
     stream: str,  # "watch" for choosing weights, "gate 2" for the final gate; any other name is a further stream

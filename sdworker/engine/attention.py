@@ -23,7 +23,7 @@ log = logging.getLogger("sdworker")
 def score_bytes(
     tokens: int,  # of the picture: height times width of the layer's latents
     heads: int,  # of the layer
-    calls: int = 2,  # images in the batch, twice with guidance
+    calls: int = 2,  # images in the batch, times two with guidance
     width: int = 2,  # bytes of a number: 2 in half precision
 ) -> int:  # bytes
     "The size of one layer's table of scores, if it is stored."
@@ -82,7 +82,7 @@ def unfit(
     name: str,  # "sliced" or "xformers"
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
-) -> str:  # why it cannot be used; empty: it can
+) -> str:  # why the setting cannot be used; empty: it can
     "Check whether a denoiser can use an attention setting on this machine."
     sliceable = hasattr(denoiser, "set_attention_slice")
     if name == "sliced":
@@ -100,9 +100,9 @@ def use_attention(
     name: str,  # a value of SDWORKER_ATTENTION, such as "xformers+sliced"
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
-) -> str:  # for the answer's "warnings"; empty: it is used
+) -> str:  # for the answer's "warnings"; empty: the setting is used
     "Set the attention of a pipeline's denoiser, or leave it as it is and return the reason."
-    if name == "sdpa":
+    if name == "sdpa":  # PyTorch's own, the default
         return ""
     if name == "xformers+sliced":
         return " ".join(filter(None, (use_attention(pipe, one, device, dtype) for one in ("xformers", "sliced"))))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
 def defaults(
     **changed: Any,  # values by field of `Settings`; not validated
 ) -> Settings:  # of the profile `fast`
-    "All other settings at their defaults, without reading the environment."
+    "Settings at their defaults, except for the changed ones; the environment is not read."
     return Settings.model_construct(**changed)
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #c7386840
@@ -31,7 +31,7 @@ def build_pipeline(
     model: ModelInfo,  # the model's folder, family and defaults
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
-    weights: "Mapping[str, torch.Tensor] | None" = None,  # as in `load_pipeline`
+    weights: "Mapping[str, torch.Tensor] | None" = None,  # on the device, to be shared; None: read from files
 ) -> "FamilyEngine":  # with a warning for each setting that is not used
     "Load a pipeline with all its switches as set. Raises `ModelError` if it cannot be loaded."
     from sdworker.engine.attention import use_attention
@@ -46,7 +46,7 @@ def build_pipeline(
     offloads = settings.offload != "none" and device == "cuda"
     quantized, warning = quantization(settings.quantize, model, device)
     engine = FamilyEngine(model, "cpu" if offloads else device, dtype, weights, quantized)
-    engine.device = device
+    engine.device = device  # under offload the weights are on the processor, and the GPU draws
     use_preset(engine.pipe, preset_of(model, settings.few_step))
     denoiser_quantized = bool(quantized) and model.denoiser in quantized.quant_mapping
     warnings = [warning, use_addons(engine, settings.lora_scale, quantized),
@@ -67,7 +67,7 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
     "The setting that excludes compiled code of the denoiser; empty: none."
     if settings.step_cache > 1 or quantized:
         return "SDWORKER_STEP_CACHE" if settings.step_cache > 1 else "SDWORKER_QUANTIZE"
-    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):  # not in the cache
+    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):  # no such code in it
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
 
@@ -80,6 +80,6 @@ def _unknown_preset(settings: Settings, model: ModelInfo) -> str:
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #732d922a
 def addons_present(
     model: ModelInfo,  # with the model's folder
-) -> list[str]:  # of "loras" and "refiner"
+) -> list[str]:  # "loras", "refiner", both or neither
     "The add-ons that were baked with a model."
     return [name for name in ("loras", "refiner") if (model.folder / name).is_dir()]

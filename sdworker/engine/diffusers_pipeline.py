@@ -54,8 +54,8 @@ def load_pipeline(
     model: ModelInfo,  # its folder is read
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
-    weights: Mapping[str, torch.Tensor] | None = None,  # on the device already, to be shared: "unet.conv_in.weight"
-    quantization: "PipelineQuantizationConfig | None" = None,  # see `quantize`
+    weights: Mapping[str, torch.Tensor] | None = None,  # on the device, by names such as "unet.conv_in.weight"
+    quantization: "PipelineQuantizationConfig | None" = None,  # as from `quantize.quantization`
 ) -> "DiffusionPipeline":  # on the device, its progress bar off
     "Load a diffusers pipeline from safetensors straight onto the device, or raise `ModelError`."
     import diffusers
@@ -80,7 +80,7 @@ def load_pipeline(
     except Exception as error:
         raise load_error(model, device, dtype, error, quantized=bool(quantization)) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
-        pipe.vae.to(torch.float32)  # of other pipelines half precision is what their VAE is called with
+        pipe.vae.to(torch.float32)  # pipelines without `upcast_vae` call their VAE in half precision
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
         _assign(getattr(pipe, name), _of(name, weights))
     pipe.set_progress_bar_config(disable=True)
@@ -94,7 +94,7 @@ def _of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def bare_components(
     model: ModelInfo,  # its configuration files are read, not its weights
 ) -> dict[str, torch.nn.Module]:  # by name
-    "A model's components in single precision without any numbers, on torch's `meta` device."
+    "A model's components in single precision, without data, on torch's `meta` device."
     import diffusers
     import transformers
 
@@ -108,7 +108,7 @@ def bare_components(
     return modules
 
 def _on_weights(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
-    "The components that can be built of weights that have been loaded."
+    "The components of which all tensors have been loaded, made with these tensors."
     modules = {}
     for name, module in bare_components(model).items():
         if tensors := _of(name, weights):
@@ -118,7 +118,7 @@ def _on_weights(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[s
     return modules
 
 def _assign(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    "Put tensors in the place of a module's own, also of buffers that are in no file."
+    "Replace a module's own tensors, also buffers that are in no file."
     module.load_state_dict(tensors, strict=False, assign=True)
     for name in dict(module.named_buffers()).keys() & tensors.keys():
         owner, _, leaf = name.rpartition(".")
@@ -132,11 +132,11 @@ def denoiser_of(
     return pipe.components.get("unet") or pipe.transformer
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #08958d24
-@torch.no_grad()  # not inference_mode: to compiled code its tensors would be of another kind
+@torch.no_grad()  # not inference_mode, whose tensors compiled code treats as another kind
 def encode_prompts(
     pipe: "DiffusionPipeline",  # whose `encode_prompt` takes a negative prompt
     specs: Sequence[ImageSpec],  # the images of one batch
-    params: SamplingParams,  # say whether there is guidance
+    params: SamplingParams,  # of the batch; only whether there is guidance is read
 ) -> Encoded:  # text embeddings by the names under which the pipeline takes them
     "Embed the prompts of a batch, positive and negative."
     guided = params.guided_steps > 0
@@ -167,19 +167,20 @@ def scheduler_for(
 def generators(
     specs: Sequence[ImageSpec],  # their seeds are read
 ) -> list[torch.Generator]:  # one for each image, on the CPU
-    "Random numbers for each image, which its seed alone decides."
+    "Make a random generator for each image, with the image's seed."
     return [torch.Generator().manual_seed(spec.seed) for spec in specs]
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #7b751c7b
 def denoise(
-    pipe: "DiffusionPipeline",  # is called up to its latents
+    pipe: "DiffusionPipeline",  # is called with output_type="latent"
     encoded: Encoded,  # from `encode_prompts` with the same specs and parameters
     specs: Sequence[ImageSpec],  # the images of one batch
     params: SamplingParams,  # of the batch
     on_step: OnStep | None = None,  # called after each step; may raise to stop
-    **more: Any,  # arguments of the pipeline
+    **more: Any,  # further arguments of the pipeline's call
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
     "Run the denoiser, from pure noise by default."
+    # with guidance these hold the negative and the positive half; where guidance ends early, the first is dropped
     to_halve = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
                 if name in pipe._callback_tensor_inputs] if 0 < params.guided_steps < params.steps else []
     def report(call_pipe, step, timestep, tensors):
@@ -191,7 +192,7 @@ def denoise(
             return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
         return {}
     call_pipe = copy.copy(pipe)
-    vars(call_pipe)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # plainly set, it imports the compiler
+    vars(call_pipe)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # setattr imports torch's compiler
     return call_pipe(
         **encoded, width=params.width, height=params.height, num_inference_steps=params.steps,
         guidance_scale=params.guidance if params.guided_steps else 1.0, output_type="latent",
@@ -216,8 +217,8 @@ def to_pixels(
 def as_bytes(
     pixels: torch.Tensor,  # (n, 3, height, width), -1..1
 ) -> torch.Tensor:  # uint8 (n, height, width, 3)
-    "What a decoder makes, as bytes."
-    scaled = pixels.div(2).add_(0.5).clamp_(0, 1).mul_(255).round_()  # in place: two thirds of the time
+    "Convert a decoder's output to bytes."
+    scaled = pixels.div(2).add_(0.5).clamp_(0, 1).mul_(255).round_()  # in place takes two thirds of the time
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 @torch.inference_mode()
@@ -225,12 +226,13 @@ def decode(
     pipe: "DiffusionPipeline",  # its VAE is used
     latents: torch.Tensor,  # as from `denoise`
 ) -> np.ndarray:  # uint8 (n, height, width, 3)
-    "Turn latents into pixels, in the machine's own memory."
+    "Turn latents into pixels in the CPU's memory."
     return to_pixels(pipe.vae, latents).cpu().numpy()
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #aefbca2d
-STAGED_FIELDS = {"width", "height", "steps", "guidance", "guidance_stop", "sampler",
-                 "strength"}  # of `SamplingParams`; strength is for pictures, which are refused
+STAGED_FIELDS = {  # the fields of `SamplingParams` that the three calls use, or that have no effect
+    "width", "height", "steps", "guidance", "guidance_stop", "sampler",
+    "strength"}  # no effect without a picture, and `mode` is not listed, so pictures are refused
 
 class DiffusersEngine:
     "An `Engine` that draws from noise with a pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
@@ -240,7 +242,7 @@ class DiffusersEngine:
         device: str = "cpu",  # "cpu" or "cuda"
         dtype: str = "float32",  # "float32", "float16" or "bfloat16"
         weights: Mapping[str, torch.Tensor] | None = None,  # on the device, to be shared; None: read from files
-        quantization: "PipelineQuantizationConfig | None" = None,  # see `quantize`; None: off
+        quantization: "PipelineQuantizationConfig | None" = None,  # as from `quantize.quantization`; None: off
     ):
         self.model, self.device, self.dtype, self.warnings = model, device, dtype, []  # for each answer
         self.pipe = load_pipeline(model, device, dtype, weights, quantization)

@@ -20,10 +20,10 @@ log = logging.getLogger("sdworker")
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #85752798
 def preset_of(
-    model: ModelInfo,  # with the family and the model's name
+    model: ModelInfo,  # its family's presets and its name are read
     setting: str = "auto",  # as in SDWORKER_FEW_STEP
 ) -> Preset | None:  # None: the model is no few-step model, or the family has no such preset
-    "The few-step preset that is set; with \"auto\", the one whose name is in the model's name."
+    "The few-step preset of a setting; \"auto\" is the preset whose name is part of the model's name."
     known = model.family.few
     if setting == "auto":
         model_name = model.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
@@ -44,10 +44,11 @@ def use_preset(
     pipe: "DiffusionPipeline",  # is changed in place
     preset: Preset | None,  # None, or one without a sampler: nothing is changed
 ) -> None:
-    "Set a pipeline's sampler to a preset's, with `trailing` spacing: the first step is at full noise."
+    "Give a pipeline a preset's sampler, with timesteps in `trailing` spacing: the first step is at full noise."
     if preset and preset.sampler:
         from sdworker.engine.diffusers_pipeline import scheduler_for  # imports torch
 
         scheduler = scheduler_for(pipe.scheduler, preset.sampler)
+        # an assignment to pipe.scheduler would import the compiler
         vars(pipe)["scheduler"] = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
         log.info("preset: %s, %d steps, guidance %g", preset.sampler, preset.steps, preset.guidance)

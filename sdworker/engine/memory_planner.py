@@ -34,7 +34,7 @@ class _Living(TorchDispatchMode):
 
     def _count(self, values: Any, new: bool) -> None:
         for store in (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)):
-            if (key := store._cdata) not in self.sizes:
+            if (key := store._cdata) not in self.sizes:  # the address of the storage
                 self.sizes[key] = store.nbytes() if new else 0  # inputs and weights were allocated before the call
                 self.now += self.sizes[key]
                 weakref.finalize(store, self._release, key)
@@ -62,8 +62,8 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #869a0091
-SOURCE_SIDE = 128  # latents; side of the picture that an edit model reads, scaled to a megapixel
-SOURCE_TOKENS = 1369  # of the same picture in the text encoder: squares of 28 pixels
+SOURCE_SIDE = 128  # side in latents of the picture that an edit model reads, scaled to a megapixel
+SOURCE_TOKENS = 1369  # tokens of that picture in the text encoder: one for each square of 28 pixels
 
 class NotComputed(ValueError):
     "The memory of a call cannot be computed; the message names the unknown class."
@@ -88,11 +88,13 @@ class CallShape:
         return 512 + self.edits * SOURCE_TOKENS
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #e69b8802
-Blank = Callable[..., torch.Tensor]  # makes a tensor of a shape
+Blank = Callable[..., torch.Tensor]  # makes a tensor of the given sizes, without data
 
+# The arguments of one call of each class of denoiser; n is its batch, doubled for guidance if need be.
 def _unet(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
     added = None
     if config.addition_embed_type == "text_time":
+        # the rest is the embeddings of six numbers, for size and crop
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"time_ids": blank(n, 6), "text_embeds": blank(n, pooled)}
     return {"sample": blank(n, config.in_channels, shape.rows, shape.columns), "timestep": blank(n),
@@ -124,8 +126,8 @@ def _qwen(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]
 @dataclass(frozen=True)
 class StepInputs:
     "How a class of denoiser is called at each step."
-    inputs: Callable[[Any, Blank, int, CallShape], dict[str, Any]]  # makes blank ones from its configuration and batch
-    max_tokens: int  # of the prompt, for its longest text encoder
+    inputs: Callable[[Any, Blank, int, CallShape], dict[str, Any]]  # makes them without data
+    max_tokens: int  # of the prompt, in the text encoder that takes most
     guidance: str  # "in one call", "in two calls", or "never": it is built in
 
 DENOISERS = {
@@ -133,7 +135,7 @@ DENOISERS = {
     "SD3Transformer2DModel": StepInputs(_sd3, 256, "in one call"),
     "FluxTransformer2DModel": StepInputs(_flux, 512, "never"),
     "ZImageTransformer2DModel": StepInputs(_z_image, 512, "in one call"),
-    "QwenImageTransformer2DModel": StepInputs(_qwen, 1024 + 34, "in two calls"),  # its template has 34
+    "QwenImageTransformer2DModel": StepInputs(_qwen, 1024 + 34, "in two calls"),  # 34: the prompt's template
 }
 
 def denoiser_call(
@@ -229,6 +231,7 @@ def needed(
     peaks = activations(parts, way, width, height, guided, edits)
     if way.offload == "none":
         return sum(map(bytes_of, parts.values())) + max(peaks.values())
+    # with offloading, a component's weights on the GPU: all of them, or those of its largest layer
     resident = {name: bytes_of(part) if way.offload == "model" else max(
         sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters(recurse=False))
         for layer in part.modules()) for name, part in parts.items()}
@@ -263,7 +266,7 @@ def _as_loaded(part: torch.nn.Module, dtype: str) -> torch.nn.Module:
     return part
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #bbb01d53
-SPARE = 2.5e9  # bytes kept free: 2 GB for cuDNN's workspace, as an H100 took, and a guess for CUDA's context
+SPARE = 2.5e9  # bytes kept free: 2 GB for cuDNN's workspace (an H100's), 0.5 GB for CUDA's context (a guess)
 
 @dataclass(frozen=True)
 class Plan:
@@ -274,10 +277,10 @@ class Plan:
 
 def ways(
     batch: int,  # images in one call
-) -> Sequence[Way]:  # the fastest first
+) -> Sequence[Way]:  # the one that adds the least time first
     "All ways to carry out a call, the cheapest first."
     plain, sliced = Way(batch), Way(batch, "sliced")
-    smaller = [Way(max(batch >> k, 1), "tiled") for k in range(1, batch.bit_length())]
+    smaller = [Way(max(batch >> k, 1), "tiled") for k in range(1, batch.bit_length())]  # a half, a quarter, ... 1
     single = Way(1, "tiled")
     return [plain, *[sliced] * (batch > 1), replace(plain, vae_decode="tiled"), *smaller,
             replace(single, offload="model"), replace(single, offload="sequential")]
@@ -298,5 +301,5 @@ def plan(
         if fits := tried[-1][1] + SPARE <= gpu_bytes:
             break
     else:
-        tried.sort(key=lambda one: -one[1])
+        tried.sort(key=lambda one: -one[1])  # none fits: the smallest comes last
     return Plan(*tried[-1], fits)

@@ -27,7 +27,8 @@ def use_vae(
     (vae.disable_slicing if mode == "full" else vae.enable_slicing)()
     (vae.enable_tiling if mode == "tiled" else vae.disable_tiling)()
     if mode == "tiled" and hasattr(vae, "tile_sample_min_size"):
-        # diffusers' own tiles are as large as the picture, and halves cost the embedded model 8 points
+        # diffusers' default tiles are as large as the picture; tiles of half the side cost the embedded model
+        # 8 percentage points of pictures that match their prompt
         vae.tile_sample_min_size = 3 * vae.config.sample_size // 4
         vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -36,7 +37,7 @@ def use_memory(
     pipe: "DiffusionPipeline",  # its weights must still be on the CPU if `offload` is not "none"
     vae_decode: str = "full",  # "full", "sliced" or "tiled"
     offload: str = "none",  # "none", "model" or "sequential"
-    channels_last: bool = False,  # store convolution weights in this order
+    channels_last: bool = False,  # store convolution weights in torch's channels-last order
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> str:  # what could not be applied, for the answer's "warnings"; empty: everything was applied
     "Set how a pipeline uses memory."

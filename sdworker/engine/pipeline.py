@@ -51,13 +51,13 @@ def same_components_as(
     return other
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #af6fc2a2
-ONE_CALL_FIELDS = {"width", "height", "steps", "guidance", "sampler", "mode", "strength"}  # of `SamplingParams`
+ONE_CALL_FIELDS = {"width", "height", "steps", "guidance", "sampler", "mode", "strength"}  # other fields are refused
 
 def arguments(
-    family: Family,  # its row has the name of the guidance argument
+    family: Family,  # the pipeline's
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
-) -> dict[str, Any]:  # by the pipeline's names; one that lacks some of them cannot take the request as it is
+) -> dict[str, Any]:  # by diffusers' names; `run_pipeline` drops or refuses what a class does not take
     "The keyword arguments of a pipeline's call; raises `Unsuited` for a mask and a family that edits pictures."
     kwargs: dict[str, Any] = {
         "prompt": [spec.prompt for spec in specs], "width": params.width, "height": params.height,
@@ -83,7 +83,7 @@ def arguments(
 @torch.no_grad()
 def run_pipeline(
     pipe: "DiffusionPipeline",  # of any class; it is not changed
-    family: Family,  # the row of its class, or `UNKNOWN`
+    family: Family,  # of the pipeline's class, or `UNKNOWN`
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
     on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
@@ -103,14 +103,14 @@ def run_pipeline(
     for name in ("image", "mask_image", "negative_prompt", *defaults):
         if name in kwargs and name not in accepted and kwargs[name] != defaults.get(name):
             raise Unsuited(f"{name} is of no use to a {type(scheduled).__name__}; leave it out.")
-    with _restore_vae(scheduled), _argument_errors(family, scheduled):
+    with _around_call(scheduled), _argument_errors(family, scheduled):
         drawn = scheduled(**{name: value for name, value in kwargs.items() if name in accepted}).images
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return _keep_unmasked(pixels, kwargs) if params.mode == "inpaint" else pixels
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #a69fc77c
 @contextmanager
-def _restore_vae(pipe: "DiffusionPipeline") -> Iterator[None]:
+def _around_call(pipe: "DiffusionPipeline") -> Iterator[None]:
     "Run a call with the step cache's context, and restore the VAE's number format afterwards."
     vae, denoiser = getattr(pipe, "vae", None), denoiser_of(pipe)
     dtype = vae and vae.dtype
@@ -144,8 +144,8 @@ def _keep_unmasked(pixels: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor
 def class_defaults(
     pipe: "DiffusionPipeline",  # its call's signature has the defaults
     model: ModelInfo,  # of a model whose class is unknown
-) -> ModelInfo:  # with the class's steps and guidance, where it has them and the model's folder names none
-    "What is known of a model, with the defaults of its pipeline's own class."
+) -> ModelInfo:  # with the class's default steps and guidance, unless the model's folder sets them
+    "Fill in the defaults of a model's own pipeline class."
     accepted = inspect.signature(pipe.__call__).parameters
     defaults = {field: accepted[name].default for field, name in (
         ("steps", "num_inference_steps"), ("guidance", model.family.guidance_argument)) if name in accepted}
@@ -154,9 +154,9 @@ def class_defaults(
 
 def pipeline_for_mode(
     pipe: "DiffusionPipeline",  # text to image
-    family: Family,  # its row names the other classes
+    family: Family,  # names its pipeline classes for pictures and for masks
     mode: str,  # "txt2img", "img2img" or "inpaint"
-) -> "DiffusionPipeline":  # `pipe` itself if it takes a picture, or if there is no such class
+) -> "DiffusionPipeline":  # `pipe` itself if it takes a picture, or if diffusers has no class for the mode
     "The pipeline for a mode, on the same components: the family's class, or the one of diffusers' auto pipelines."
     import diffusers
 
@@ -176,7 +176,7 @@ def pipeline_for_mode(
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
 class FamilyEngine(DiffusersEngine):
     "An `Engine` that draws with a diffusers pipeline of any class, from noise or from pictures."
-    def __init__(self, *args: Any, **kwargs: Any):  # as of `DiffusersEngine`
+    def __init__(self, *args: Any, **kwargs: Any):  # those of `DiffusersEngine`
         super().__init__(*args, **kwargs)
         self.reset_step_cache = lambda steps: None  # called before each denoising
         self.refine = None  # a `Refiner`, if there is one
@@ -195,7 +195,7 @@ class FamilyEngine(DiffusersEngine):
         return self, self.warnings
 
     def encode(self, specs, params):
-        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # the last to hook shared parts counts
+        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # last: its hooks on shared parts stay
             pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
         return super().encode(specs, params) if self._staged(params) else {}
 
@@ -236,9 +236,9 @@ class QwenVLProcessor:
     def __call__(self, text: list[str],  # with one `MARK` each
                  images: Any,  # one per text; PIL images or tensors
                  padding: bool = True,  # to the longest text
-                 return_tensors: str = "pt",  # torch's
+                 return_tensors: str = "pt",  # "pt": torch tensors
                  ) -> "BatchFeature":  # token ids, attention mask, pixel values and grid sizes
-        "Tokenize texts, with as many placeholder tokens as their images have patches."
+        "Tokenize texts, with a placeholder token for each square of patches that the model merges."
         from transformers import BatchFeature
 
         features = self.pictures(images=images, return_tensors=return_tensors)
@@ -246,5 +246,5 @@ class QwenVLProcessor:
         marked = []
         for one, count in zip(text, patches, strict=True):
             before, _, after = one.partition(self.MARK)
-            marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # a second one is the client's
+            marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # the client's own marks
         return BatchFeature({**self.tokenizer(marked, padding=padding, return_tensors=return_tensors), **features})

@@ -30,21 +30,21 @@ from .coldstart import OURS, evict, explicit_job, interleaved, libraries
 from .quality import SWITCHES, engine_with
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #20bf1bc6
-COMPILED = ("reduce-overhead", "regional", "cached")  # by torch.compile
+COMPILED = ("reduce-overhead", "regional", "cached")  # modes of torch.compile
 MODES = ("off", *COMPILED, "aot", "aot, int8")
 PROMPT = "a large red star on a blue background"
 
 def measure_mode(
     mode: str,  # one of `MODES`
-    repeat: int = 5,  # images
-) -> dict[str, float]:  # seconds: "prepare", and "image", the median
+    repeat: int = 5,  # images to time
+) -> dict[str, float]:  # seconds: "prepare" (until compiled code draws), "image" (median)
     "Measure one mode in this process, with one image in a call. Raises `RuntimeError` if it cannot be used."
     model = read_model_info(EMBEDDED, "embedded")
     engine = (engine_with(SWITCHES[mode], model) if mode in SWITCHES else
               build_pipeline(defaults(compile=mode, max_batch=1), model))
     seconds = compile_before_jobs(engine) if mode in COMPILED else 0.0
     if mode == "regional":
-        fill_cache(engine, 1)  # for "cached"
+        fill_cache(engine, 1)  # for the mode "cached", which is measured later
     if getattr(engine, "warnings", []):
         raise RuntimeError(" ".join(engine.warnings))
     return {"prepare": seconds, "image": timed(lambda: generate(engine, PROMPT, seed=7), repeat)["median"]}
@@ -52,10 +52,10 @@ def measure_mode(
 # %% ../../nbs/8_lab/07_break_even.ipynb #b8e8e00a
 def measure_in_process(
     mode: str,  # one of `MODES`
-    cache: Path,  # of the compiler; empty, or filled for "cached"
-    repeat: int = 5,  # images
+    cache: Path,  # the compiler's cache folder; for "cached" it must be filled
+    repeat: int = 5,  # images to time
 ) -> dict[str, float]:  # as from `measure_mode`
-    "Measure one mode in a separate process. Raises `RuntimeError` with its error."
+    "Measure one mode in a separate process. Raises `RuntimeError` with the last line of the process's error."
     process = subprocess.run([sys.executable, "-c", f"import json; from sdworker.lab.break_even import "
                               f"measure_mode; print(json.dumps(measure_mode({mode!r}, {repeat})))"],
                              capture_output=True, text=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
@@ -82,6 +82,7 @@ def measure(
     results = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as scratch:
+            # "regional" and "cached" share a cache
             caches = {mode: Path(scratch, "denoiser" if mode == "reduce-overhead" else "blocks") for mode in modes}
             results.append({mode: measure_in_process(mode, cache, repeat) for mode, cache in caches.items()})
     return {mode: {key: median(one[mode][key] for one in results) for key in results[0][mode]} for mode in modes}
@@ -89,7 +90,7 @@ def measure(
 def starts(
     repeat: int = 3,  # starts of each mode
 ) -> dict[str, float]:  # by mode, seconds from exec to the first answer at the queue, medians
-    "Start workers, interleaved, with one job waiting, with their files dropped from the page cache first, if possible."
+    "Start a worker in each mode, interleaved, with all files that it reads dropped from the page cache if possible."
     model, workers = read_model_info(EMBEDDED, "embedded"), {}
     with tempfile.TemporaryDirectory() as scratch:
         # caches of the compiler; "empty" is deleted after each start
@@ -111,7 +112,7 @@ NOISE = 0.05  # relative difference that medians of two runs of the same code ma
 def table(
     record: Mapping[str, Mapping[str, Any]],  # "modes", from `measure`, and "starts"
 ) -> list[tuple[str, ...]]:  # headings, then a row for each mode
-    "When each mode has paid off, if its gain is more than noise."
+    "Show after how many images each mode has paid off; a gain within the noise does not count."
     medians = record["modes"]
     plain = medians["off"]["image"]
     lines = [("compile", "first answer, s", "prepare, s", "an image, s", "ratio", "repaid after")]

@@ -53,8 +53,8 @@ def _wait(worker: subprocess.Popen, url: str, seconds: float, log: Path) -> None
 # %% ../../nbs/8_lab/15_demo.ipynb #23684ee6
 @contextmanager
 def serving(
-    seconds: float = 120,  # time limit for its start
-) -> Iterator[str]:  # a context manager with the address of its local API
+    seconds: float = 120,  # time limit for the worker's start
+) -> Iterator[str]:  # a context manager; yields the address of the worker's local API
     "Run `sdworker serve` with default settings on a free port; stop it at the end. Raises `RuntimeError` if it fails."
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SDWORKER_", "RUNPOD_"))}
@@ -93,16 +93,16 @@ REQUESTS: dict[str, dict[str, Any]] = {
 class Outcome:
     "The result of one request."
     name: str  # a key of `REQUESTS`
-    seconds: float  # from sending it to its answer
-    images: list[Image.Image] = field(default_factory=list)  # empty if it was refused
-    prompts: list[str] = field(default_factory=list)  # of each image
-    seeds: list[int] = field(default_factory=list)  # of each image
-    error: str = ""  # the message, if it was refused
+    seconds: float  # from sending the request to receiving the answer
+    images: list[Image.Image] = field(default_factory=list)  # empty if the request was refused
+    prompts: list[str] = field(default_factory=list)  # one for each image
+    seeds: list[int] = field(default_factory=list)  # one for each image
+    error: str = ""  # the worker's message, if the request was refused
 
 def send(
     client: Client,  # connected to the worker's local API
     name: str,  # a key of `REQUESTS`
-) -> Outcome:  # also if it was refused
+) -> Outcome:  # a refused request has its message in `error`
     "Send one request and unpack the answer."
     payload, start = REQUESTS[name], time.perf_counter()
     try:
@@ -133,7 +133,7 @@ def verdicts(
 
 def good(
     outcome: Outcome,  # from `send`
-) -> bool:  # true of the invalid request if it was refused
+) -> bool:  # for the invalid request: whether it was refused
     "Whether a request was answered correctly."
     return all(verdict in ("right", "refused, as it should be") for verdict in verdicts(outcome))
 

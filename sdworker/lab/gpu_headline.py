@@ -78,6 +78,7 @@ def fp8(
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00014
 def _compiler(engine: "FamilyEngine", mode: str | None = None) -> dict[str, Any]:
+    "Arguments of `torch.compile`: on a GPU the mode, else a backend that generates no code."
     return {"mode": mode} if engine.device == "cuda" else {"backend": "eager"}
 
 def compile_blocks(
@@ -88,7 +89,7 @@ def compile_blocks(
 
 def compile_whole(
     engine: "FamilyEngine",  # its denoiser and VAE are changed in place
-    mode: str | None = None,  # of `torch.compile`
+    mode: str | None = None,  # a mode of `torch.compile`; None: its default
 ) -> None:
     "Compile the denoiser and the decoder, each as one graph for one size."
     import torch
@@ -116,7 +117,7 @@ ATTENTION = {"flash attention": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH
              "cuDNN attention": ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
              "efficient attention": ("EFFICIENT_ATTENTION", "MATH")}
 AOT = "compiled ahead of time"
-WAYS = {  # seconds: a guess
+WAYS = {  # expected seconds by way, guesses
     "eager": 45, "CUDA graph": 45, "channels last": 45, "flash attention": 45, "cuDNN attention": 45, "VAE half": 45,
     "fused QKV": 45, "efficient attention": 45, "channels last, VAE half, CUDA graph": 50,
     "channels last, VAE half, fused QKV, CUDA graph": 55, AOT: 60, "compiled by blocks": 100,
@@ -127,7 +128,7 @@ WAYS = {  # seconds: a guess
 def attention_of(
     way: str,  # a key of `WAYS`
 ) -> AbstractContextManager:
-    "The context in which a way draws."
+    "A context that selects the attention kernels of a way."
     if way not in ATTENTION:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,9 +139,9 @@ def engine_of(
     way: str,  # a key of `WAYS`
     model: Path,  # its folder
     device: str,  # "cpu" or "cuda"
-    aot: Path | None = None,  # folder of the model's engine that was compiled ahead of time
+    aot: Path | None = None,  # folder of the model's AOT package
 ) -> "Engine":
-    "Load a model and change it. Raises `ModelError` for what cannot be had."
+    "Load a model and apply a way's changes. Raises `ModelError` if a change is not possible here."
     model_info, changes = read_model_info(model), way.split(", ")
     if way == AOT:
         from sdworker.aot.engine import AotEngine
@@ -173,8 +174,8 @@ def against_eager(
     way: str,  # a key of `WAYS`
     latents: "numpy.ndarray",  # of the same seed for each way
     picture: "numpy.ndarray",  # uint8 (height, width, 3)
-) -> dict[str, float]:  # dB by "latents" and "picture"; nothing where eager has not drawn
-    "Compare what a way has drawn with what `eager` has, in this call or an earlier one."
+) -> dict[str, float]:  # dB of "latents" and "picture"; empty if `eager` has not drawn yet
+    "Compare what a way draws with what `eager` has drawn, in this call or an earlier one."
     import numpy
 
     name = "headline-eager.npz"
@@ -202,7 +203,7 @@ def measure_way(
     way: str,  # a key of `WAYS`
     setup: Setup,  # dry: one turn in small
     aot: Path | None = None,  # see `engine_of`
-) -> dict[str, Any]:  # seconds: "load", "first", "image" (summary), "step", "decode", "encode"; "dB"; "peak" (bytes)
+) -> dict[str, Any]:  # seconds: "load", "first", "image", "step", "decode", "encode"; "dB"; "dtype"; bytes: "peak"
     "Measure one way in this process."
     from sdworker.engine.generate import generate
     from sdworker.engine.types import ImageSpec, SamplingParams
@@ -251,7 +252,7 @@ def way_in_process(
     setup: Setup,  # with the time that is left
     aot: Path | None = None,  # see `engine_of`
 ) -> dict[str, Any]:  # see `measure_way`
-    "Measure a way in a process of its own, which may take three times what it needs. Raises `ChildProcessError`."
+    "Measure a way in a process of its own, for at most three times its guess in `WAYS`. Raises `ChildProcessError`."
     cache = setup.scratch / "inductor" / f"{way.replace(', ', '-').replace(' ', '_')}-{time.time():.0f}"
     return run_script(SCRIPT, min(3 * WAYS[way], setup.seconds_left() + 10), way, str(setup.dry), str(setup.out),
                       str(setup.state), str(setup.scratch), str(aot or ""), TORCHINDUCTOR_CACHE_DIR=str(cache))
@@ -284,7 +285,7 @@ def image_operations(
 def job_overhead(
     setup: Setup,  # its model and device are the worker's
     limit: float,  # seconds
-) -> dict[str, Any]:  # seconds beside drawing by "png" and "jpeg", median; "jobs": each with its times
+) -> dict[str, Any]:  # median seconds beside drawing: "png", "jpeg"; "jobs": the seconds of each job by what they are
     "Send a worker five jobs of one image; the first is not counted. Raises `ChildProcessError` if any fails."
     size = {name: value for name, value in image_request(setup.dry).items() if name in ("width", "height")}
     request = size | {"prompt": PROMPT, "num_inference_steps": image_request(setup.dry)["steps"]}
@@ -308,7 +309,7 @@ def job_overhead(
 def headline(
     setup: Setup,  # dry: in small, on a processor
     only: tuple[str, ...] = (),  # beginnings of the names of parts, such as "CUDA graph"; default: what is missing
-    aot: Path | None = None,  # folder of SDXL's engine that was compiled ahead of time; None: that way is left out
+    aot: Path | None = None,  # folder of the model's AOT package; None: the way `AOT` is left out
 ) -> Report:
     "Measure all ways, as far as there is time; the record goes to `headline-gpu.json`, dry to `headline-dry.json`."
     report, model = Report(setup, "headline", only), sdxl_folder(setup)
@@ -368,7 +369,7 @@ def machine_of(
 def step_share(
     record: Mapping[str, Any],  # as `write_headline` writes it
     way: str,  # a key of its `ways`
-) -> float:  # of 1
+) -> float:  # a share, 0..1
     "A denoising step's rate as a share of the measured matrix product's in the same number format."
     result = record["ways"][way]
     return record["operations"]["step"] / result["step"] / record["rates"][result["dtype"]]
@@ -414,7 +415,7 @@ def _bound(record: Mapping[str, Any]) -> list[str]:
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00053
 def headline_sentence(
-    record: Mapping[str, Any] | None,  # as of `headline_table`
+    record: Mapping[str, Any] | None,  # from `write_headline`; None: there is none yet
 ) -> str:
     "The result in one sentence."
     if record is None or not record["ways"]:

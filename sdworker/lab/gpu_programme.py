@@ -40,8 +40,8 @@ from .gpu_report import Setup, sdxl_folder
 class Stage:
     "A stage of the programme."
     function: str  # module of this package and function: `(setup, only) -> Report`
-    seconds: int  # that all its calls are expected to take on an H100; not measured
-    answers: str  # which question
+    seconds: int  # expected of all its calls together on an H100; a guess
+    answers: str  # the question that it answers
 
 STAGES = {  # in order of value
     "checks": Stage("gpu_checks.checks", 900, "Does every part of the worker work on a GPU?"),
@@ -63,7 +63,7 @@ def stage_table() -> str:  # Markdown
 def stage_function(
     name: str,  # a key of `STAGES`
 ) -> Callable[[Setup, Sequence[str]], Any]:  # takes a setup and beginnings of the names of parts
-    "The function of a stage, imported now; raises ValueError for a name that is none."
+    "Import a stage's function; raises ValueError if no stage has this name."
     if name not in STAGES:
         raise ValueError(f"STAGE is {name!r}, and should be one of {', '.join(STAGES)}.")
     module, function = STAGES[name].function.split(".")
@@ -71,10 +71,10 @@ def stage_function(
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00011
 def headline_ways(
-    setup: Setup,  # with what an earlier stage has compiled
+    setup: Setup,  # its folders may have the AOT package of the stage `bake`
     only: Sequence[str] = (),  # beginnings of the names of ways; default: what is missing
 ) -> Any:  # a `Report`
-    "Measure the ways to draw one image, with what an earlier stage has compiled."
+    "Measure the ways to draw one image, also with the AOT package if there is one."
     from sdworker.lab.gpu_headline import headline
     from sdworker.lab.gpu_starts import unpack
 
@@ -94,7 +94,7 @@ def bench_rows(
         record = setup.out / f"{part.stem.removesuffix('.part')[1:]}.json"
         if not (record.exists() or (setup.out / part.name).exists()):
             shutil.copy(part, setup.out)
-    model = None if setup.dry else sdxl_folder(setup)  # may take a minute of what is left
+    model = None if setup.dry else sdxl_folder(setup)  # may take a minute of the time that is left
     record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60, model=model,
                          on_progress=lambda done, total, name: print(f"---- {name}: {done} of {total} rows are done"))
     print(f"==== bench: {'all rows are' if record else 'there is more to do; what is done is'} in {path.name}")
@@ -104,7 +104,7 @@ def run_in_time(
     command: Sequence[str],  # program and arguments
     limit: float,  # seconds until it is interrupted; 10 s later it is killed, and so are its children
     log: Path,  # gets what it prints
-    **environment: str,  # in addition to this process's
+    **environment: str,  # variables to add to this process's own
 ) -> int:  # exit code
     "Run a process, show and keep what it prints, and end it in time."
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def run_in_time(
                 kept.write(line)
                 kept.flush()
             process.wait()
-        except KeyboardInterrupt:  # the terminal's goes to this process only
+        except KeyboardInterrupt:  # Ctrl-C in a terminal interrupts this process only
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
@@ -160,7 +160,7 @@ def compiler_environment(
 def reach(
     requirements: Iterable[str],  # such as "torch>=2.10"
     of: Callable[[Requirement], Iterable[str]],  # the requirements of a package; empty: go no further
-    **environment: str,  # of the markers, such as python_version; default: this Python's
+    **environment: str,  # values for markers, such as python_version; default: this Python's
 ) -> set[str]:  # names, normalized
     "The names of all packages that requirements lead to."
     todo, seen = [Requirement(line) for line in requirements], set()
@@ -179,7 +179,7 @@ def reach(
 def project_requirements(
     root: Path,  # of the repository
 ) -> list[str]:  # such as "torch>=2.10"
-    "What the worker asks for, and what of the extras the programme needs."
+    "The worker's requirements, and those of its extras that the programme needs."
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(root / "settings.ini")
     extras = " ".join(parser["DEFAULT"][f"{name}_requirements"] for name in ("quantize", "notebooks", "dev")).split()
@@ -188,7 +188,7 @@ def project_requirements(
         {line for line in extras if Requirement(line).name in needed})
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00023
-LEFT_OUT = {"boto3", "fastapi", "inquirerpy", "prettytable", "watchdog"}  # the SDK's, which no start imports
+LEFT_OUT = {"boto3", "fastapi", "inquirerpy", "prettytable", "watchdog"}  # the SDK requires them, no start imports them
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 def installed_there(
@@ -201,12 +201,12 @@ def installed_there(
 def to_carry(
     requirements: Iterable[str],  # such as "torch>=2.10"
     there: Mapping[str, str],  # from `installed_there`
-    python: str = "3.12",  # version there
+    python: str = "3.12",  # version of the other machine's Python
 ) -> dict[str, str]:  # version by name
-    "The packages to carry. Raises ValueError if torch there does not fit, or if a package is not here."
+    "The packages to carry. Raises ValueError if the other machine's torch does not fit or a package is missing here."
     carried: dict[str, str] = {}
 
-    def of(one: Requirement) -> Iterable[str]:
+    def of(one: Requirement) -> Iterable[str]:  # notes the package in `carried`, unless it stays behind
         name = canonicalize_name(one.name)
         if name in LEFT_OUT or (name in there and (not there[name] or one.specifier.contains(there[name], True))):
             return ()
@@ -225,10 +225,10 @@ def to_carry(
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00025
 def download_wheels(
     packages: Mapping[str, str],  # version by name
-    to: Path,  # folder; what else is in it is removed
-    python: str = "3.12",  # version that they are for
+    to: Path,  # folder; other wheels in it are removed
+    python: str = "3.12",  # Python version of the wheels
 ) -> list[Path]:  # one for each package
-    "Have the wheels of these packages, and no others, in a folder. Raises ValueError if pip finds one nowhere."
+    "Download those wheels of these packages that a folder lacks. Raises ValueError if pip cannot download one."
     to.mkdir(parents=True, exist_ok=True)
 
     def wheel(name: str) -> Path | None:
@@ -266,8 +266,8 @@ def make_environment(
     root: Path,  # of the repository, with wheels in `.whl`
     home: Path,  # the environment's folder
 ) -> Path:  # its Python
-    "An environment of the wheels, and of links to what they ask for; made anew if the wheels have changed."
-    wheels, mark = sorted((root / ".whl").glob("*.whl")), home / "wheels"
+    "Make an environment of the wheels and of links to packages that they require, unless it exists for these wheels."
+    wheels, mark = sorted((root / ".whl").glob("*.whl")), home / "wheels"  # a file that lists the unpacked wheels
     names = "\n".join(path.name for path in wheels)
     if mark.exists() and mark.read_text() == names:
         return home / "bin" / "python"
@@ -322,9 +322,9 @@ def run(
     setup: Setup,  # device, folders and time of the stage
     root: Path,  # the repository; with `.whl` in it an environment is made first
 ) -> int:  # exit code
-    "Run a stage in a process of its own, in time; raises ValueError for a name that is none."
+    "Run a stage in a process of its own that ends in time; raises ValueError if no stage has this name."
     if name not in STAGES:
-        stage_function(name)
+        stage_function(name)  # raises
     python = make_environment(root, setup.scratch / "environment") if (root / ".whl").is_dir() else sys.executable
     command = [str(python), "-W", "ignore", "-c", STAGE, json.dumps(asdict(setup), default=str), name, *parts]
     return run_in_time(command, setup.seconds_left() + 20, setup.out / f"{name}.log",
@@ -334,8 +334,8 @@ def run(
 RECORDS = ("gpu-check", "gpu-families", "headline-gpu", "aot-cuda", "coldstart-gpu", "bench-gpu")
 
 def public(
-    value: Any,  # of JSON
-) -> Any:  # for JSON
+    value: Any,  # parsed JSON
+) -> Any:  # the same without what is private, for JSON
     "A record without logs, tracebacks and paths."
     if isinstance(value, dict):
         return {key: public(one) for key, one in value.items() if key not in ("trace", "log", "folder")}
@@ -344,7 +344,7 @@ def public(
     return re.sub(r"(?<![\w.:/])/(?:[\w.+-]+/)+", ".../", value) if isinstance(value, str) else value
 
 def collect(
-    source: Path,  # folder that a stage has written, or that came back
+    source: Path,  # folder that a stage has written, here or on the other machine
     root: Path,  # of the repository
 ) -> list[str]:  # a line for each file
     "Take over what a stage has left. Raises ValueError if there is nothing."
@@ -362,7 +362,7 @@ def collect(
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(json.dumps(public(record), indent=1) + "\n", encoding="utf-8")
             lines.append(f"{path.name} -> {to.parent.relative_to(root)}")
-            for folder in (state, root / "results" / "gpu-parts"):  # the suite is complete
+            for folder in (state, root / "results" / "gpu-parts"):  # a complete record replaces the rows so far
                 (folder / f".{path.stem}.part.json").unlink(missing_ok=True)
     if not lines:
         raise ValueError(f"FOLDER is {source}, and has no record of a GPU in it.")
@@ -372,10 +372,10 @@ def collect(
 def prepare(
     root: Path,  # of the repository
     there: Mapping[str, str],  # from `installed_there`
-    python: str = "3.12",  # version there
+    python: str = "3.12",  # version of the other machine's Python
     limit: int = 64,  # MiB that may travel
 ) -> list[str]:  # lines to show
-    "Make ready for a machine without a network. Raises ValueError if it is too much to carry."
+    "Prepare a clone for a machine without a network. Raises ValueError if there is more to carry than the limit."
     git = ["git", "-C", str(root)]
     exclude = root / subprocess.check_output([*git, "rev-parse", "--git-path", "info/exclude"], text=True).strip()
     exclude.parent.mkdir(parents=True, exist_ok=True)
@@ -455,6 +455,6 @@ def main(
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00043
 if __name__ == "__main__" and "__file__" in globals():
-    for number in (signal.SIGTERM, signal.SIGINT):  # a stage, in a session of its own, is ended too
-        signal.signal(number, signal.default_int_handler)  # a shell has its background jobs ignore the second
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that the stage's process, in its own session, is ended too
+        signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore SIGINT otherwise
     sys.exit(main())

@@ -39,8 +39,8 @@ class Setup:
     out: Path = Path("out/gpu")  # records and pictures of this call
     state: Path = Path(".gpu/state")  # records of earlier calls, on this machine or another
     scratch: Path = Path(tempfile.gettempdir(), "sdworker-gpu")  # for weights and caches, kept between calls
-    seconds: float = 500.0  # after this no part is started
-    begun: float = field(default_factory=time.time)  # seconds since the epoch
+    seconds: float = 500.0  # so long after `begun` no part is started
+    begun: float = field(default_factory=time.time)  # when the call began, seconds since the epoch
 
     @property
     def device(self) -> str:  # "cpu" if dry, else "cuda"
@@ -127,7 +127,7 @@ if torch.cuda.is_available():
               "capability": [gpu.major, gpu.minor]}
 print(json.dumps(facts))
 """
-QUERY = "driver_version,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.limit,pstate"
+QUERY = "driver_version,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.limit,pstate"  # fields of nvidia-smi
 
 @functools.cache
 def gpu_facts() -> dict[str, Any]:  # "name" and "torch" at least; without a GPU the processor's name
@@ -175,7 +175,7 @@ class _Record:
 def _gpu_is_lost() -> bool:
     "Whether the GPU fails every call in this process, as after a failed assertion in a kernel."
     torch = sys.modules.get("torch")
-    try:
+    try:  # `synchronize` returns None, or raises
         return bool(torch and torch.cuda.is_initialized() and torch.cuda.synchronize())
     except RuntimeError:
         return True
@@ -189,7 +189,7 @@ class Report(_Record):
         call: Callable[[], Any],  # returns a value for JSON
         needs: float = 5.0,  # expected seconds; with less time left the part is skipped
         limit: float = math.inf,  # time limit in seconds
-    ) -> Any:  # the result of `call`, of this or an earlier call; None: it was skipped or failed
+    ) -> Any:  # what `call` returned, now or in an earlier run of the stage; None: it was skipped or failed
         "Run a part without a result if there is time, and write the record. Raises `SystemExit` if the GPU is lost."
         earlier, remaining = self.parts.get(name, {}), self.setup.seconds_left()
         tries = earlier.get("tries", 0)
@@ -204,7 +204,7 @@ class Report(_Record):
             return self.write()
         begun = time.perf_counter()
         try:
-            with time_limit(min(limit, remaining + 15)):
+            with time_limit(min(limit, remaining + 15)):  # the programme interrupts the stage 20 s after its time
                 entry = {"result": call()}
         except (Exception, SystemExit) as error:
             entry = {"error": f"{type(error).__name__}: {error}"[:2000], "tries": tries + 1,
@@ -251,6 +251,7 @@ def matmul_rates(
     "The rates of a large matrix product."
     import torch
 
+    # a product takes side**3 multiplications and as many additions
     rates, a = {}, torch.randn(side, side, device=device)
     for name in ("float16", "bfloat16", "float32"):
         b = a.to(getattr(torch, name))

@@ -42,12 +42,12 @@ class EndpointSpec:
 def build_spec(
     hub: dict[str, Any],  # content of hub.json
     name: str = "sdworker",  # of the endpoint and its template
-    image: str = "",  # empty: this version's, without a registry
+    image: str = "",  # empty: `sdworker:VERSION`, without a registry
     preset: str = "",  # a name among hub.json's presets; empty: none
     env: Mapping[str, str] | None = None,  # overrides the preset and hub.json
     **scaling: Any,  # fields of `hub.Scaling` that override hub.json's; None: do not override
 ) -> EndpointSpec:  # checked against the settings
-    "Build a specification from a `hub.json` and options; raises `DeployError` for a mistake in either."
+    "Build a specification from a `hub.json` and options; raises `DeployError` for a mistake."
     if not isinstance(hub, dict):
         raise DeployError("hub.json holds no JSON object.")
     hub = hub | {name: value for name, value in scaling.items() if value is not None}
@@ -92,7 +92,7 @@ def endpoint(
     return {"name": spec.name, "type": "QUEUE", "gpu": gpu,
             "workers": {"min": scaling.minWorkers, "max": scaling.maxWorkers, "idleTimeout": scaling.idleTimeout},
             "scaling": {"type": "QUEUE_DELAY", "queueDelay": spec.queue_delay},
-            "flashboot": "FLASHBOOT" if scaling.flashboot else "OFF", "timeout": 1000 * spec.seconds}
+            "flashboot": "FLASHBOOT" if scaling.flashboot else "OFF", "timeout": 1000 * spec.seconds}  # ms
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #d390e954
 def _all(http: httpx.Client, path: str) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ class Step:
     path: str  # below `API`
     body: dict[str, Any]  # to be sent
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # of an update, as from `differences`
-    id: str = ""  # of the existing one; empty: there is none
+    id: str = ""  # of the existing template or endpoint; empty: there is none
 
 CONTAINER = ("image", "disk", "env")  # entries that an endpoint copies from its template when it is created
 NEW = "(the new template's id)"

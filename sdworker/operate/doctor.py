@@ -228,7 +228,7 @@ def start(
 def aot(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
-    "Check whether compiled code draws."
+    "Check whether the AOT engine draws, and if not, why."
     from sdworker.start.load import place
 
     if settings.engine == "diffusers":
@@ -274,7 +274,7 @@ def bucket(
 def clock(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
-    "Compare the clock with the bucket's, or else with the times of this package's files."
+    "Compare this machine's clock with the bucket server's; without a bucket, with the dates of this package's files."
     installed = max(path.stat().st_mtime for path in Path(sdworker.__file__).parent.rglob("*.py"))
     offset = min(time.time() - installed, 0.0)
     if not set_and_unset(BUCKET)[1]:

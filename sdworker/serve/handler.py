@@ -43,7 +43,7 @@ log = logging.getLogger("sdworker")
 def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> Drawn:
     "Draw in the engine's thread, which loads the model if that has not been done."
     engine = initialize_model()
-    LEDGER.lap("wait for a job")
+    LEDGER.lap("wait for a job")  # since the load, if that came first
     from sdworker.engine.generate import draw
 
     params, specs = prepare(request, engine.model)
@@ -64,7 +64,7 @@ def respond(
             images = [future.result() for future in encoded]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
-    if cold:
+    if cold:  # None after the first answer
         timings["cold_start"] = cold
     return {"images": images, "seed": seeds[0], "seeds": seeds, "timings": timings,
             "warnings": advice(request, model) + drawn.warnings,
@@ -77,7 +77,7 @@ def failure(
     "Return the answer to a job that could not be drawn."
     if isinstance(error, RequestError | Unsuited):
         return "refused", {"error": str(error)}
-    if isinstance(error, SettingsError) or getattr(error, "lasting", False):
+    if isinstance(error, SettingsError) or getattr(error, "lasting", False):  # the next job would fail too
         return "failed", {"error": str(error), "refresh_worker": True}
     if isinstance(error, ModelError):
         return "failed", {"error": str(error)}
@@ -93,9 +93,9 @@ def handler(
     try:
         answer = respond(job.get("input"))
         answer["timings"]["total"] = round(time.perf_counter() - began, 4)
-    except Exception as error:  # a name that outlived this block would keep the tensors of the failed call
+    except Exception as error:  # not kept under another name: its traceback holds the call's tensors
         outcome, answer = "failed", {"error": "the worker failed; its log has the details. Other jobs go on."}
-        with suppress(Exception):  # from an error whose text cannot be read
+        with suppress(Exception):  # if `str(error)` raises
             outcome, answer = failure(error)
         _record(job, outcome, time.perf_counter() - began, answer, error)
         if isinstance(error, ModelError) and error.lasting:
@@ -121,8 +121,8 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
 
 # %% ../../nbs/5_serve/08_handler.ipynb #fa110008
 def _ending(
-    options: dict[str, Any],  # the SDK's; in a queue worker it reads them after each job
-    end: Callable[[], None] = lambda: None,  # called as well
+    options: dict[str, Any],  # of the SDK, which reads them after each job from the queue
+    end: Callable[[], None] = lambda: None,  # called after an answer with `refresh_worker`
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     "Wrap the handler: after an answer with `refresh_worker`, the worker ends."
     def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -154,14 +154,14 @@ def _queue_options() -> dict[str, Any]:
         if not started:
             LEDGER.lap("SDK start")
             open_nvml()
-            started.append(load[get_settings().load]())
+            started.append(load[get_settings().load]())  # a load that raises does not count as a start
         return now
     options |= {"handler": _ending(options), "concurrency_modifier": concurrency}
     return options
 
 # %% ../../nbs/5_serve/08_handler.ipynb #a53eac3c
 def _prefetch_and_count(queue: bool) -> int:
-    "Look at the model's folder and begin to read its weights; returns their parameters, 0 if files are missing."
+    "Look at the model's folder and begin to read its weights; return the number of weights, 0 if files are missing."
     model = None
     try:
         model = model_info()
@@ -169,7 +169,7 @@ def _prefetch_and_count(queue: bool) -> int:
         prefetch(files)
         return count_parameters(files)
     except (ModelError, OSError) as error:
-        if getattr(error, "lasting", False) or not (queue or model):
+        if getattr(error, "lasting", False) or not (queue or model):  # without a queue, a missing folder ends the start
             raise
         log.warning("not all here yet, so nothing is read ahead: %s", error)  # a volume or a download may bring it
         return 0
@@ -190,7 +190,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
         sdk, options = import_runpod(settings.lean), _queue_options() if queue else {"handler": handler}
-    if "--rp_serve_api" in arguments:  # uvicorn sends the answer, then ends
+    if "--rp_serve_api" in arguments:  # on this signal uvicorn sends the answer, then ends
         options["handler"] = _ending(options, lambda: os.kill(os.getpid(), signal.SIGINT))
     LEDGER.lap("runpod")
     if check:

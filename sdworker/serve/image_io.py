@@ -18,7 +18,7 @@ from ..core.checkpoint_files import write_file
 
 # %% ../../nbs/5_serve/04_image_io.ipynb #ba9666ae
 FORMATS: dict[str, dict[str, Any]] = {
-    "png": {"compress_level": 1, "compress_type": zlib.Z_RLE},  # least effort, runs only
+    "png": {"compress_level": 1, "compress_type": zlib.Z_RLE},  # least effort; finds only runs of equal bytes
     "jpeg": {"quality": 90},
     "webp": {"quality": 90, "method": 0},
 }
@@ -28,7 +28,7 @@ def encode(
     kind: str = "png",  # a key of `FORMATS`
     quality: int | None = None,  # 1..100, of JPEG and WebP; default: 90
 ) -> bytes:
-    "Encode a picture fast; PNG without loss. Raises `ValueError` for a quality that PNG does not have."
+    "Encode a picture fast; PNG without loss. Raises `ValueError` for PNG with a quality."
     if quality and "quality" not in FORMATS[kind]:
         raise ValueError(f"{kind} has no quality; it loses nothing.")
     buffer = io.BytesIO()
@@ -63,6 +63,6 @@ def save(
     image: Image.Image,  # RGB
     path: Path,  # .png, .jpeg or .webp; its folder is made
     **options: Any,  # of `encode`
-) -> Path:  # the same
+) -> Path:  # `path`
     "Write a picture to a file, in the format of its name."
     return write_file(path, encode(image, **{"kind": path.suffix[1:]} | options))

@@ -29,13 +29,13 @@ def _picture_text(value: Any) -> str | None:
         raise ValueError("should be a valid string")
     return valid_unicode(value)
 
-PictureText = Annotated[Image.Image | None, PlainValidator(_picture_text)]
+PictureText = Annotated[Image.Image | None, PlainValidator(_picture_text)]  # text, until `parse_request` decodes it
 
 # %% ../../nbs/5_serve/02_request.ipynb #0b9ec5eb
 class JobRequest(Request):
     "A request with its output options, as a job's JSON has it. `parse_request` makes one, with decoded pictures."
-    image: PictureText = None  # in JSON base64, or a data URI
-    mask_image: PictureText = None  # the same
+    image: PictureText = None  # in JSON text: base64, or a data URI
+    mask_image: PictureText = None  # as `image`
     image_format: Literal["png", "jpeg", "webp"] | None = None  # None: png, which loses nothing
     image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
@@ -141,7 +141,7 @@ def read_picture(
         raise RequestError(f"{name} should be a PNG, JPEG or WebP picture, whole, as base64 or a data URI.") from None
 
 def _with_pictures(request: JobRequest, model: ModelInfo, limits: Settings) -> JobRequest:
-    "Decode the pictures, or raise `RequestError`, also where they do not fit each other or the limits."
+    "Decode the pictures. Raises `RequestError` if one cannot be read, if their sizes differ, or if one is too large."
     pictures = {name: read_picture(text, name) for name in ("image", "mask_image") if (text := getattr(request, name))}
     if len({picture.size for picture in pictures.values()}) > 1:
         sizes = " and ".join("{} has {}x{} pixels".format(name, *picture.size) for name, picture in pictures.items())
@@ -156,14 +156,14 @@ def _with_pictures(request: JobRequest, model: ModelInfo, limits: Settings) -> J
 # %% ../../nbs/5_serve/02_request.ipynb #be948d4d
 def parse_request(
     payload: Any,  # a job's "input"
-    model: ModelInfo,  # of the model that will draw
+    model: ModelInfo,  # the model that will draw
     limits: Settings,  # largest size, most steps, images and characters
 ) -> JobRequest:
     "Check a request and decode its pictures; raises `RequestError` with one sentence about the first mistake."
     if not isinstance(payload, dict):
         raise RequestError('input should be an object, such as {"prompt": "a large red star on a blue background"}.')
     try:
-        request = JobRequest.model_validate(  # a job has one name for each field
+        request = JobRequest.model_validate(  # by JSON's names; half of a surrogate pair becomes text
             {str(name).encode("utf-8", "backslashreplace").decode(): value for name, value in payload.items()},
             by_alias=True, by_name=False)
     except ValidationError as error:

@@ -23,13 +23,13 @@ from ..start.load import model_info
 from ..start.timeline import LEDGER
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #996865de
-SWITCHES = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
+SWITCHES = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")  # "true" switches checks of the SDK off
 
 def own_checks(
     device: str,  # the setting: "auto", "cpu" or "cuda"
     weights: int,  # bytes that the GPU must have room for
     seconds: float = 20,  # time limit of the query
-) -> Callable[[], None] | None:  # to register with the SDK; may raise `RuntimeError`; None: no driver to query
+) -> Callable[[], None] | None:  # a check for the SDK, which may raise `RuntimeError`; None: no driver to query
     "Switch the SDK's own checks off, and start a query of the driver for its GPUs."
     for name in SWITCHES:
         os.environ.setdefault(name, "true")
@@ -91,7 +91,7 @@ def disk(
     "Check the free space of the cache folder and the temporary folder."
     places = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())}
     existing = {next(one for one in (place, *place.parents) if one.exists()) for place in places}
-    free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}
+    free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}  # GB
     fullest = min(free, key=free.get)
     if free[fullest] < 0.5:
         return Finding("disk", "warn", f"{fullest} has {free[fullest]:.1f} GB free.",
@@ -115,7 +115,7 @@ def sizes(
     "Compare the limits in the settings with the model's own size and steps."
     try:
         model = model_info()
-    except ModelError:  # a volume may bring it yet
+    except ModelError:  # it may be on a volume that is mounted later
         return ok("sizes", "not looked at, since the model is not here.")
     for name, limit, own in (("max_size_px", settings.max_size_px, model.side),
                              ("max_steps", settings.max_steps, model.steps)):
@@ -134,7 +134,7 @@ def set_and_unset(
     return [name for name in names if os.environ.get(name)], [name for name in names if not os.environ.get(name)]
 
 def queue(
-    settings: Settings,  # not read: RunPod's own variables count
+    settings: Settings,  # not read: only RunPod's own variables are checked
 ) -> Finding:
     "Check that RunPod's variables are all set, or none of them."
     present, missing = set_and_unset(QUEUE)
@@ -147,8 +147,8 @@ def queue(
     return ok("queue", f"jobs come from {urlsplit(os.environ[QUEUE[0]]).hostname}.")
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #ae2d0afa
-MAX_ANSWER_BYTES = 20e6  # to /runsync; /run takes half: RunPod's limits
-BYTES_PER_PIXEL = 1.35 * 4 / 3  # of an answer, as PNG
+MAX_ANSWER_BYTES = 20e6  # RunPod's limit for /runsync; that for /run is half
+BYTES_PER_PIXEL = 1.35 * 4 / 3  # of a photograph as PNG, in base64: four characters for three bytes
 
 def payload(
     settings: Settings,  # to be checked
@@ -169,9 +169,9 @@ QUICK: tuple[Check, ...] = (disk, sizes, queue, payload)
 
 def run_checks(
     checks: tuple[Check, ...],  # in this order
-    settings: Settings | None = None,  # default: of the environment
+    settings: Settings | None = None,  # default: read from the environment
 ) -> Iterator[Finding]:
-    "Run checks one after the other, after one of the settings themselves."
+    "Check that the settings can be read, then run the checks one after the other."
     try:
         settings = settings or read_settings()
     except SettingsError as error:

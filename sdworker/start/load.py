@@ -84,7 +84,7 @@ class EngineThread:
                 self._thread.start()
         return future
 
-    def busy(self) -> bool:  # False also while the last call runs
+    def busy(self) -> bool:  # False if one call runs and no other waits
         "Return whether a call waits for the one that is running."
         return not self._calls.empty()
 
@@ -130,7 +130,7 @@ def _diffusers_engine(model: ModelInfo, device: str, dtype: str, **options) -> "
             with load_guard(model, device, dtype, settings.quantize != "off"):
                 return build_pipeline(settings, model, device, dtype, **options)
         except ModelError:
-            check_files_fast(model.folder)  # if files are missing by now, that is the reason, and it may pass
+            check_files_fast(model.folder)  # raises if files are missing by now; a later load may succeed
             raise
 
     def load_lean() -> "Engine":
@@ -191,7 +191,7 @@ def _loaded(warm: bool) -> "Engine":
 
 def _compile(engine: "Engine", warm: bool) -> None:
     "Compile in this thread, which also draws, so that no later job waits for the compiler."
-    if get_settings().compile == "off" or not hasattr(engine, "pipe"):
+    if get_settings().compile == "off" or not hasattr(engine, "pipe"):  # the AOT engine has none
         return
     from sdworker.engine.torch_compile import compile_before_jobs
 

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 # %% ../../nbs/4_start/03_prefetch.ipynb #6632e6e5
-TINY = 256 * 2**20  # bytes: any disk reads less in an instant
+TINY = 256 * 2**20  # bytes; smaller models are not read ahead
 _readers: list[subprocess.Popen] = []
 
 def prefetch(

@@ -30,7 +30,7 @@ class Ledger:
     "Rows of a start, in order; each ends where the next begins. Threads may share it."
     def __init__(
         self,
-        age: float = 0.0,  # seconds that have passed already, in the interpreter
+        age: float = 0.0,  # seconds since the process was created
     ):
         self.began = time.perf_counter() - age
         self.rows: dict[str, float] = {}  # name -> seconds
