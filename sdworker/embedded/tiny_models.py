@@ -30,15 +30,15 @@ def _clip(projected: bool = False) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     config = CLIPTextConfig(**_SMALL, vocab_size=601, bos_token_id=599, eos_token_id=600, pad_token_id=600,
-                            projection_dim=16)
+                            projection_dim=16)  # token ids of the embedded model's tokenizer
     return {"text_encoder": (CLIPTextModelWithProjection if projected else CLIPTextModel)(config),
             "tokenizer": CLIPTokenizer.from_pretrained(EMBEDDED, subfolder="tokenizer")}
 
 def _t5(width: int = 16) -> dict[str, Any]:
-    "T5's encoder, for letters."
+    "T5's encoder, with a vocabulary of letters."
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    letters = [(letter, -3.0) for letter in ascii_lowercase]
+    letters = [(letter, -3.0) for letter in ascii_lowercase]  # each with its log probability
     tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0,
                             model_max_length=64)
     return {"tokenizer": tokenizer, "text_encoder": T5EncoderModel(T5Config(

@@ -38,17 +38,17 @@ from .shapes import ATTRIBUTES, SIDE, adherence, draw, held_out, pairs, phrase, 
 @dataclass(frozen=True)
 class Plan:
     "The amount of training. Steps are optimizer steps."
-    vae_steps: int = 2500  # at batch `vae_batch`; the last seventh on full pictures, the rest on quarters
-    vae_batch: int = 16  # pictures
+    vae_steps: int = 2500  # of the VAE; the last seventh on full pictures, the others on crops of a quarter
+    vae_batch: int = 16  # pictures in a step of the VAE
     pictures: int = 12288  # drawn once and encoded once for the denoiser
     steps: int = 6500  # of the denoiser and the text encoders together
-    batch: int = 48  # latents
+    batch: int = 48  # latents in a step of the denoiser
     watch_every: int = 1000  # steps between evaluations of the adherence
     watch_pairs: int = 100  # pictures of one evaluation
-    seed: int = 0  # of everything
+    seed: int = 0  # of all random numbers
 
 # %% ../../nbs/7_embedded/02_training.ipynb #a765f017
-def make_tokenizer() -> CLIPTokenizer:  # of at most 77 tokens, like CLIP's own
+def make_tokenizer() -> CLIPTokenizer:  # cuts prompts to 77 tokens, like CLIP's own
     "Learn CLIP's byte-pair encoding from the world's prompts."
     rng = random.Random(0)
     prompts = [phrase(scene, rng) for scene in scenes() for _ in range(10)]
@@ -119,7 +119,7 @@ def train_vae(
         x = _pixels([draw(rng.choice(world), rng.randrange(2**31)) for _ in range(plan.vae_batch)])
         if step < plan.vae_steps * 6 // 7:
             top, left = (rng.randrange(0, SIDE // 2 + 1, 4) for _ in range(2))
-            x = x[:, :, top:top + SIDE // 2, left:left + SIDE // 2]
+            x = x[:, :, top:top + SIDE // 2, left:left + SIDE // 2]  # a random quarter
         posterior = vae.encode(x).latent_dist
         reconstructed = vae.decode(posterior.sample()).sample
         error = F.mse_loss(reconstructed, x)
@@ -158,7 +158,7 @@ def training_prompt(
 # %% ../../nbs/7_embedded/02_training.ipynb #6f178727
 def encode_text(
     encoders: tuple,  # the two text encoders
-    tokenizer: CLIPTokenizer,  # of both
+    tokenizer: CLIPTokenizer,  # of both encoders
     prompts: list[str],  # n
 ) -> tuple[torch.Tensor, torch.Tensor]:  # hidden states (n, 77, 128) and pooled vectors (n, 64)
     "Embed prompts as SDXL does: both second-to-last hidden states concatenated, and a pooled vector."
@@ -177,7 +177,7 @@ class Bundle(torch.nn.Module):
              for encoder_class in (CLIPTextModel, CLIPTextModelWithProjection)])
 
 def velocity_loss(
-    bundle: Bundle,  # is called once
+    bundle: Bundle,  # the networks to train; each is called once
     tokenizer: CLIPTokenizer,  # of both encoders
     scheduler: EulerDiscreteScheduler,  # for its noise levels
     latents: torch.Tensor,  # (n, 4, 16, 16), unit variance
@@ -196,7 +196,7 @@ def velocity_loss(
                                  added_cond_kwargs={"text_embeds": pooled * keep.view(n, 1), "time_ids": sizes}).sample
     error = (prediction - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents).square().mean(dim=(1, 2, 3))
     signal_to_noise = (alpha / (1 - alpha)).flatten()
-    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()
+    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()  # less weight at low noise
 
 # %% ../../nbs/7_embedded/02_training.ipynb #0d6f03c7
 def make_scheduler() -> EulerDiscreteScheduler:  # with v-prediction

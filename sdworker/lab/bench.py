@@ -79,7 +79,7 @@ def halved(
     drawn: Drawn,  # with its warnings
     n: int,  # images that were requested in one call
     steps: int,  # denoising steps
-) -> dict[str, Any] | None:  # "out_of_memory", "side", "batch", "steps"; None: they were drawn in one call
+) -> dict[str, Any] | None:  # "out_of_memory", "side", "batch", "steps"; None: all were drawn in one call
     "A batch that did not fit into memory and was halved, as a row."
     reason = next((warning for warning in drawn.warnings if "fit into memory" in warning), None)
     side = drawn.pictures[0].image.width
@@ -93,8 +93,8 @@ def timings(
     plain: Engine,  # has drawn before
     request: Mapping[str, Any],  # arguments of `generate`, for ours only
     turns: Mapping[int, int],  # measurements, by images in one call
-    **both: Any,  # arguments of `generate`, for both
-) -> dict[str, Any]:  # by images in one call: `compare`'s seconds of a batch, and its "stages"; or as `halved`
+    **both: Any,  # arguments of `generate`, for both engines
+) -> dict[str, Any]:  # by images in one call: `compare`'s seconds, with "stages"; or the result of `halved`
     "Time two engines, interleaved."
     rows = {}
     for n, repeat in turns.items():
@@ -114,7 +114,7 @@ def build_switched(
     switch: Switch,  # to turn on
     model: ModelInfo,  # its folder is read, once for each engine
     device: str = "cpu",  # "cpu" or "cuda"
-) -> Engine:  # as from `switched`
+) -> Engine:  # as from `engine_with`
     "Build an engine with a switch on, and fill the compiler's cache if needed. Raises `ModelError` with the reason."
     if switch.settings.get("compile") == "cached":
         fill_cache(engine_with(SWITCHES["compile: regional"], model, device))
@@ -128,10 +128,10 @@ def out_of_memory(
 
 def row(
     build: Callable[[], Engine],  # raises `ModelError` with the reason if the switch cannot be used
-    switch: Switch,  # for its request and its limit
+    switch: Switch,  # its request and its `min_psnr` are used
     plain: Engine,  # of the plain pipeline
     prompt_seeds: list[tuple[str, int]],  # to draw with both
-    plain_pictures: Callable[[], list[tuple[str, Image.Image]]],  # prompts and the plain pipeline's pictures
+    plain_pictures: Callable[[], list[tuple[str, Image.Image]]],  # draws them with the plain pipeline
     turns: Mapping[int, int],  # measurements, by images in one call
 ) -> dict[str, Any]:  # "time" by batch, "psnr", "ssim", "adherence", "loss", "passed"; or "not_used"
     "Measure one switch on a processor."
@@ -163,7 +163,7 @@ def steps_curve(
 def batch_curve(
     engine: Engine,  # draws
     batches: tuple[int, ...] = (1, 2, 4, 8, 16),  # images in one call
-    turns: int = 3,  # measurements of each
+    turns: int = 3,  # measurements of each batch size
     **request: Any,  # arguments of `generate`
 ) -> dict[str, Any]:  # images per second by batch; for one that does not fit, as from `halved`
     "Throughput by batch size."
@@ -218,7 +218,7 @@ def same_kind(
     return all(one.get(name) == other.get(name) for name in names + ["processor", "cores"] * (not one.get("gpu")))
 
 def _state(part: Path) -> dict[str, Any]:
-    "The results of earlier calls on such a machine."
+    "The results of earlier calls, if they were made on the same kind of machine."
     state: dict[str, Any] = {"machine": machine(), "done": {}, "failed": {}, "missing": {}}
     earlier = json.loads(part.read_text(encoding="utf-8")) if part.exists() else state
     if same_kind(earlier["machine"], state["machine"]):
@@ -254,8 +254,8 @@ def run(
     suite: Mapping[str, Callable[[], Any]],  # measurements by name
     part: Path,  # JSON file of the results so far; removed at the end
     minutes: float = float("inf"),  # for this call
-    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, in all, current one
-    seconds: Mapping[str, float] = {},  # expected, by row; it is ended after three times that, or 15 s after the call
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, all rows, current row
+    seconds: Mapping[str, float] = {},  # expected, by row; a row ends after 3 times that, or 15 s after the call's end
 ) -> dict[str, Any] | None:  # results by name; None: another call is needed
     "Measure all rows without a result; a row that failed twice has its error as result."
     state, end, first = _state(part), time.perf_counter() + 60 * minutes, True
@@ -301,9 +301,9 @@ def supervise(
     begin: Callable[[float], subprocess.Popen],  # starts a process that calls `run`, with the remaining minutes
     part: Path,  # as for `run`
     minutes: float,  # for all processes
-    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, in all, current one
-) -> bool:  # whether all is measured: the process has ended with 0, not with 3
-    "Measure a suite in a process, and in another one if that ends during a row. Raises `ModelError` if it ends before."
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, all rows, current row
+) -> bool:  # True: all is measured (exit code 0); False: another call is needed (exit code 3)
+    "Measure a suite in a process; after a crash in a new one. Raises `ModelError` if a process crashes before any row."
     end, reported = time.perf_counter() + 60 * minutes, None
     while True:
         before = part.read_bytes() if part.exists() else b""
@@ -404,7 +404,7 @@ class _Bed:
     "The test bed of the GPU suite: a model, and the size and steps to draw with."
     def __init__(self, model: Path, device: str, side: int, steps: int, turns: int):
         self.model, self.device, self.turns = read_model_info(model, "random weights"), device, turns
-        self.both = {"width": side, "height": side, "steps": steps}
+        self.both = {"width": side, "height": side, "steps": steps}  # arguments of `generate` for both engines
 
     @lru_cache(maxsize=1)  # noqa: B019
     def plain(self) -> Engine:
@@ -444,7 +444,7 @@ def _gpu_row(bed: _Bed, switch: Switch, repeat: int) -> dict[str, Any]:
 
 # %% ../../nbs/8_lab/05_bench.ipynb #607763ed
 def _memory(bed: _Bed) -> dict[str, Any]:
-    "Bytes by way of drawing: computed, and on a GPU measured."
+    "Peak memory in bytes, by batch size and VAE setting: computed, and on a GPU also measured."
     sizes, side = {}, bed.both["width"]
     for way in (Way(1), Way(4), Way(4, "sliced"), Way(4, "tiled")):
         _, peak = bed.peak(
@@ -491,6 +491,7 @@ def _flux(device: str, tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dic
 
     with torch.device("meta"):
         model = FluxTransformer2DModel(**{"guidance_embeds": True} | (_FLUX_TINY if tiny else {})).bfloat16().eval()
+    # a token is a patch of 16x16 pixels
     tokens, words, config = 64**2 if not tiny else 64, 512 if not tiny else 8, model.config
 
     def inputs(device: str) -> dict[str, torch.Tensor]:
@@ -503,7 +504,7 @@ def _flux(device: str, tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dic
 
 # %% ../../nbs/8_lab/05_bench.ipynb #268eae8e
 def _layers_that_fit(model: torch.nn.Module, peak: float, room: float) -> int:
-    "How many double blocks, each with its share of the single ones, fit into `room` with a call's peak, in bytes."
+    "How many double blocks, each with its share of single blocks, fit into `room - peak` bytes; `peak` is a call's."
     double, single = model.transformer_blocks, model.single_transformer_blocks
     layer = bytes_of(double[0]) + len(single) // len(double) * bytes_of(single[0])
     rest = bytes_of(model) - len(double) * layer
@@ -518,7 +519,7 @@ def _fitted(model: torch.nn.Module, layers: int) -> torch.nn.Module:
 
 # %% ../../nbs/8_lab/05_bench.ipynb #e5c10003
 def _backends(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], turns: int) -> tuple[dict, dict]:
-    "The time of each attention backend, interleaved with PyTorch's own choice, and of that alone."
+    "Times of each attention backend, interleaved with PyTorch's own choice; and of PyTorch's choice alone."
     def call(backend: str) -> None:
         model.set_attention_backend(backend)
         _done(model(**inputs, return_dict=False)[0])
@@ -581,7 +582,7 @@ def gpu_suite(
     tiny: bool = False,  # small sizes, as a test
 ) -> dict[str, Callable[[], Any]]:  # measurements by name, the most valuable first
     "The suite for a GPU."
-    bed = _Bed(model, device, *((64, 2, 1) if tiny else (1024, 30, 3)))
+    bed = _Bed(model, device, *((64, 2, 1) if tiny else (1024, 30, 3)))  # side, steps, measurements
     side, steps = bed.both["width"], bed.both["steps"]
     rows = {"roofline": partial(_roofline, bed), "memory": partial(_memory, bed),
             "batch": lambda: batch_curve(bed.plain(), (1, 2, 4, 8), 1, **bed.both),
@@ -590,6 +591,7 @@ def gpu_suite(
         if switch.settings.get("engine") != "aot":  # it has its own suite, `bench_aot`
             row = f"switch {name}"
             rows[row] = partial(_gpu_row, bed, switch, 1 if row.startswith(TIMED_ONCE) else bed.turns)
+    # in the order of `SECONDS`, then rows that it does not have
     return {name: partial(or_out_of_memory, rows[name], side=side, batch=1,
                           steps=1 if name in ("memory", "transformer") else steps)
             for name in [*filter(rows.get, SECONDS), *(rows.keys() - SECONDS)]}
@@ -602,10 +604,10 @@ def _part(path: Path, again: bool = False) -> Path:
 def again(
     path: Path,  # of a record of the processor's suite
     suite: Mapping[str, Callable[[], Any]],  # measurements by name
-    only: str,  # in the names of the rows
-    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, in all, current one
+    only: str,  # text in the names of the rows to measure
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, all rows, current row
 ) -> dict[str, Any] | None:  # the record; None: a row has failed once, and the next call tries it again
-    "Measure rows again, each with machine, date and the plain pipeline's figures. Raises `ModelError` without any."
+    "Measure rows again, with machine, date and plain figures. Raises `ModelError` without such a row or a record."
     rows = {name: measure for name, measure in suite.items() if name == "plain" or only in name}
     if len(rows) < 2 or not path.exists():
         raise ModelError(f"{only!r} is in no row's name, or there is no record in {path.parent}; run the suite without "
@@ -628,7 +630,7 @@ def _recorded(suite: str, tiny: bool, rows: Mapping[str, Any], path: Path) -> di
 
 def _bench_cpu(path: Path, tiny: bool, only: str,
                on_progress: Callable[[int, int, str], None]) -> dict[str, Any] | None:
-    rows = cpu_suite(*(4, {1: 1, 4: 1}) * tiny)
+    rows = cpu_suite(*(4, {1: 1, 4: 1}) * tiny)  # as a test: four pairs, timed once
     with TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         if only:
             return again(path, rows, only, on_progress)
@@ -672,10 +674,10 @@ def bench(
     device: str | None = None,  # of the GPU suite; None: "cuda"
     tiny: bool = False,  # small sizes, as a test
     minutes: float = 9,  # of the GPU suite; rows that would take longer are left to the next call
-    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, in all, current one
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, all rows, current row
     only: str = "",  # of the processor's suite: measure rows with this in their names again, in the existing record
     model: Path | None = None,  # of the GPU suite: a folder from `sdxl_sized`; None: write one, which takes a minute
-) -> tuple[dict[str, Any] | None, Path]:  # the record and its file; or None and `missing`'s file: call again
+) -> tuple[dict[str, Any] | None, Path]:  # the record and its file; or None and the file for `missing`: call again
     "Run or continue a suite, and record it. Raises `ModelError` without a GPU, or if `only` matches no row."
     path = to / f"bench-{suite}{'-tiny' * tiny}.json"
     if only and suite != "cpu":

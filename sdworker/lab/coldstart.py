@@ -104,8 +104,8 @@ def libraries() -> list[Path]:  # in no order
 def start_once(
     command: list[str],  # program and arguments that start the worker
     payload: dict[str, Any],  # the job's input
-    environment: Mapping[str, str] | None = None,  # added to this process's
-    limit: float = 900,  # seconds until it is stopped
+    environment: Mapping[str, str] | None = None,  # variables, besides this process's own
+    limit: float = 900,  # seconds until the worker is stopped
 ) -> dict[str, Any]:  # "seconds" to the answer, "taken" (seconds until it took the job), "output"
     "Start a worker with one job waiting. Raises `ChildProcessError` if it answers no picture."
     worker_run = run_workers(command, [{"id": "first", "input": payload}], dict(environment or {}), limit)
@@ -141,11 +141,11 @@ def interleaved(
     workers: Mapping[str, tuple[list[str], dict[str, str]]],  # command and environment by name
     payload: dict[str, Any],  # the job's input
     repeat: int,  # starts of each worker
-    cold: list[Path],  # files to drop from the cache before each; empty: warm starts, after one that is not counted
+    cold: list[Path],  # files to drop from the cache before each start; empty: warm starts, the first round not counted
     on_start: Callable[[], None] = lambda: None,  # called after each start
     on_round: Callable[[], None] = lambda: None,  # called after each counted round, to measure something else
 ) -> dict[str, list[dict[str, Any]]]:  # results of `start_once`, by name
-    "Start workers one after the other, `repeat` rounds of each."
+    "Start all workers one after the other, in `repeat` rounds."
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for round_ in range(repeat if cold else repeat + 1):
         for name, (command, environment) in workers.items():
@@ -173,7 +173,7 @@ def coldstart(
     cold: bool = True,  # drop libraries, weights and AOT packages from the page cache before each start
     engine: str | None = None,  # of our worker, as in SDWORKER_ENGINE; None: that of the settings
     on_start: Callable[[], None] = lambda: None,  # called after each start
-) -> dict[str, Any]:  # "ours", "rows", "import_torch", "cache", "machine"; in a comparison "naive" and "ratio"
+) -> dict[str, Any]:  # "ours", "rows" (by part), "import_torch", "cache", "machine"; in a comparison "naive", "ratio"
     "Measure from exec to the first answer. Raises `ChildProcessError` if a worker fails, `ModelError` without a model."
     compiled = [path for place in aot_dirs(get_settings()) for path in place.glob("*/*")]
     files = libraries() + weight_files(locate_or_download(get_settings())) + compiled if cold else []
@@ -202,7 +202,7 @@ def coldstart(
 
 def median_run(
     runs: list[dict[str, Any]],  # as from `start_once`
-) -> dict[str, Any]:  # of an even number, the slower of the middle two
+) -> dict[str, Any]:  # of an even number of runs, the slower of the middle two
     "The run with the median time."
     return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
 
@@ -273,6 +273,7 @@ def sdxl_sized(
     noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul(0.02).half()
     for name, part in (shapes or sdxl_shapes()).items():
         part.config.save_pretrained(folder / name) if name.startswith("text") else part.save_config(folder / name)
+        # each tensor is the noise, repeated (rounded up) and cut to length
         tensors = {key: noise.repeat(-(-tensor.numel() // len(noise)))[:tensor.numel()].view(tensor.shape).clone()
                    for key, tensor in part.state_dict().items()}
         file = "model" if name.startswith("text") else "diffusion_pytorch_model"
@@ -286,6 +287,7 @@ def read_all(pipe):
         for tensor in part.state_dict().values() if isinstance(part, torch.nn.Module) else ():
             tensor.contiguous().view(-1).view(torch.uint8)[::4096].sum()
 """
+# our worker, whose handler reads the weights instead of drawing
 STAGED = READ + """
 import sdworker.start.timeline
 import sdworker.serve.handler
@@ -297,6 +299,7 @@ def respond(payload):
 
 sdworker.serve.handler.respond = respond
 """
+# prefetching by a thread
 THREAD = """
 import threading
 
@@ -316,6 +319,7 @@ def staged_workers(
     folder: Path,  # of the model
 ) -> dict[str, tuple[list[str], dict[str, str]]]:  # command and environment by name
     "Workers that answer as soon as all weights have been read, without drawing."
+    # the usual worker: the body of its handler is replaced by reading the weights
     begin, _, rest = NAIVE.partition("    payload = job")
     answer = "    read_all(pipe)\n    return {'images': []}\n\n"
     naive = READ + begin.replace("torch.float32", "torch.float16") + answer + rest[rest.index("runpod.serverless"):]

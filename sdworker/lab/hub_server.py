@@ -22,7 +22,7 @@ from aiohttp import web
 class _Repository:
     "A folder, as the hub lists it."
     def __init__(self, folder: Path, license: str | None):
-        self.license, self.content, self.sha256, self.oid = license, {}, {}, {}
+        self.license, self.content, self.sha256, self.oid = license, {}, {}, {}  # the dicts are by file name
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name, data = path.relative_to(folder).as_posix(), path.read_bytes()
             self.content[name] = data
@@ -52,8 +52,8 @@ class FileRequest:
     "A request for a file's bytes."
     file: str  # path in the repository
     start: int  # first byte
-    token: bool  # whether it had one
-    cdn: bool  # whether it went to the second host name
+    token: bool  # whether the request had a token
+    cdn: bool  # whether the request went to the second host name
 
 # %% ../../nbs/8_lab/03_hub_server.ipynb #314dbdc6
 @dataclass
@@ -100,6 +100,7 @@ def _serve(hub: Hub, begun: threading.Event) -> None:
 
 # %% ../../nbs/8_lab/03_hub_server.ipynb #307ee85a
 def _refuse(status: int, code: str) -> web.HTTPException:
+    "An error as the hub reports it, to be raised."
     class Refused(web.HTTPException):
         status_code = status
     return Refused(headers={"X-Error-Code": code, "X-Error-Message": code})
@@ -117,6 +118,7 @@ def _repository(hub: Hub, request: web.Request) -> _Repository:
     return repository
 
 async def _about(hub: Hub, request: web.Request) -> web.Response:
+    "Send the metadata of a repository."
     repository = _repository(hub, request)
     card_data = {"license": repository.license} if repository.license else {}
     return web.json_response({
@@ -125,6 +127,7 @@ async def _about(hub: Hub, request: web.Request) -> web.Response:
         "siblings": [repository.entry(name, "rfilename") for name in repository.content]})
 
 async def _tree(hub: Hub, request: web.Request) -> web.Response:
+    "Send the list of a repository's files."
     repository = _repository(hub, request)
     return web.json_response([repository.entry(name, "path") for name in repository.content])
 

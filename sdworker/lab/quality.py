@@ -47,7 +47,7 @@ MAX_SECONDS = 0.5  # for one image alone, on two cores
 
 def gate(
     engine: Engine,  # with default settings
-    n: int = 200,  # pairs of the gate stream
+    n: int = 200,  # pairs of the stream `gate 2`
 ) -> dict[str, object]:  # "passed", "adherence" by attribute, "seconds_per_image_alone", ...
     "Draw the gate's pairs; report how many are right, and how long one image takes alone."
     drawn = list(track(draw_pairs(engine, pairs("gate 2", n)), "gate", total=n, transient=True))
@@ -97,7 +97,7 @@ SWITCHES = {
 def ssim(
     ours: Image.Image,  # RGB, 11 pixels wide and high at least
     theirs: Image.Image,  # of the same size
-) -> float:  # 1 for equal ones
+) -> float:  # 1 for equal pictures
     "Structural similarity of two pictures."
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -106,16 +106,16 @@ def ssim(
     return float(structural_similarity_index_measure(*both, data_range=255.0))
 
 # %% ../../nbs/8_lab/01_quality.ipynb #322d7e61
-LOSS = 0.02  # largest loss of adherence
+LOSS = 0.02  # largest loss of adherence that passes: two points
 
 @dataclass(frozen=True)
 class QualityResult:
     "The result of comparing pictures with the plain pipeline's."
-    psnr: float  # dB, of the worst; 99 for equal ones
-    ssim: float  # of the worst; 1 for equal ones
-    adherence: float  # share that matches the prompts, 0 to 1
-    loss: float  # of adherence against the plain pipeline
-    passed: bool  # neither limit is exceeded
+    psnr: float  # dB, of the worst picture; 99 for equal pictures
+    ssim: float  # of the worst picture; 1 for equal pictures
+    adherence: float  # share of pictures that match their prompts, 0 to 1
+    loss: float  # the plain pipeline's adherence minus this one
+    passed: bool  # the PSNR is at least `min_psnr`, and the loss at most `LOSS`
 
 def compare_to_baseline(
     ours: Sequence[tuple[str, Image.Image]],  # prompt and picture of each
@@ -132,7 +132,7 @@ def compare_to_baseline(
 
 # %% ../../nbs/8_lab/01_quality.ipynb #543f9a2e
 def engine_with(
-    switch: Switch,  # its request's arguments are not used here
+    switch: Switch,  # only its settings are used; its request is for drawing
     model: ModelInfo,  # its folder is read
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Engine:  # compiled already, where the switch compiles
@@ -150,7 +150,7 @@ def engine_with(
     if settings.compile != "off" and not engine.warnings:
         from sdworker.engine.torch_compile import compile_before_jobs
 
-        compile_before_jobs(engine, (1, 4, 10))  # images in one call, of the benchmark and of the gate
+        compile_before_jobs(engine, (1, 4, 10))  # images in one call: 1 and 4 are timed, 10 compared
     if engine.warnings:
         raise ModelError(" ".join(engine.warnings))
     return engine

@@ -23,9 +23,9 @@ from aiohttp import web
 # %% ../../nbs/8_lab/02_queue_server.ipynb #c79bd546
 @dataclass
 class WorkerRun:
-    "A record of the workers at the queue."
+    "The answers and times of the workers at the queue."
     answers: dict[str, dict] = field(default_factory=dict)  # by job id: what the SDK posted
-    answered_at: dict[str, float] = field(default_factory=dict)  # by job id
+    answered_at: dict[str, float] = field(default_factory=dict)  # by job id: when its answer came
     taken_at: dict[str, float] = field(default_factory=dict)  # by job id: when a worker took it
     pings: list[float] = field(default_factory=list)  # when each heartbeat came
     workers: dict[str, str] = field(default_factory=dict)  # by job id: the worker that took it
@@ -61,17 +61,17 @@ class Queue(_Line):
     "The web application that hands out jobs."
     def __init__(self, jobs: Sequence[dict],  # each with "id" and "input"
                  arrivals: Sequence[float] = (),  # seconds after all workers have requested a job; empty: at once
-                 workers: int = 1):  # number that is waited for
+                 workers: int = 1):  # so many must have requested a job before the first job is handed out
         super().__init__(jobs, arrivals, workers)
         self.app = web.Application(client_max_size=64 * 2**20)
         self.app.router.add_get("/job-take/{worker}", self._take_job)
         self.app.router.add_post("/job-done/{worker}/{job}", self._answer)
         self.app.router.add_get("/ping/{worker}", self._ping)
-        self.app.router.add_get("/{rest:.*}", self._nothing)  # the stop channel
+        self.app.router.add_get("/{rest:.*}", self._nothing)  # the SDK also asks which jobs to stop: none
 
     async def _take_job(self, request: web.Request) -> web.Response:
         worker = request.match_info["worker"]
-        for _ in range(10):
+        for _ in range(10):  # a fifth of a second
             if job := self.next(worker):
                 self.worker_run.taken_at[job["id"]], self.worker_run.workers[job["id"]] = self.now(), worker
                 return web.json_response(job)
@@ -101,14 +101,14 @@ def queue_environment(
     return {"RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/{worker}?gpu=none", "RUNPOD_POD_ID": worker,
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/{worker}", "RUNPOD_AI_API_KEY": "none",
-            "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_LOG_LEVEL": "INFO",
+            "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_LOG_LEVEL": "INFO",  # the interval in milliseconds
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true"}
 
 # %% ../../nbs/8_lab/02_queue_server.ipynb #675b79c9
 def run_workers(
     command: Sequence[str],  # program and arguments that start one worker
     jobs: Sequence[dict],  # each with "id" and "input"
-    environment: dict[str, str] | None = None,  # added to this process's and the queue's
+    environment: dict[str, str] | None = None,  # variables, besides this process's own and `queue_environment`
     limit: float = 120,  # seconds until the workers are stopped in any case
     stop: bool = True,  # False: after the last answer, wait for the workers to end by themselves
     arrivals: Sequence[float] = (),  # seconds after all workers have requested a job, per job; empty: at once
