@@ -143,7 +143,7 @@ def find_aot_package(
             return folder, ""
         if not (reason == "it was made for another model" and read_json(folder / ABOUT).get("name") != model.name):
             reasons.append(f"the AOT package {folder.name} was passed over, since {reason}")
-    # rather of a package with the required kind of weights
+    # if possible, the reason of a package with the required kind of weights
     return None, min(reasons, key=lambda reason: _SPOKEN["quantize"] in reason, default="")
 
 # %% ../../nbs/3_aot/02_engine.ipynb #8f1bbe31

@@ -108,7 +108,7 @@ class TextFlux(Text):
         return self.text_encoder_2(ids_2)[0], self.text_encoder(ids).pooler_output
 
 class DenoiserFlux(Denoiser3):
-    "FLUX.1's denoiser, with cutting latents into patches and joining these."
+    "FLUX.1's denoiser; it cuts latents into patches, and joins them again."
     def forward(self, latents,  # (n, channels, height, width); height and width even
                 t,  # float32 (n,): timesteps
                 text,  # (n, tokens, width)

@@ -103,14 +103,14 @@ def run_pipeline(
     for name in ("image", "mask_image", "negative_prompt", *defaults):
         if name in kwargs and name not in accepted and kwargs[name] != defaults.get(name):
             raise Unsuited(f"{name} is of no use to a {type(scheduled).__name__}; leave it out.")
-    with _around_call(scheduled), _argument_errors(family, scheduled):
+    with _call_context(scheduled), _argument_errors(family, scheduled):
         drawn = scheduled(**{name: value for name, value in kwargs.items() if name in accepted}).images
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return _keep_unmasked(pixels, kwargs) if params.mode == "inpaint" else pixels
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #a69fc77c
 @contextmanager
-def _around_call(pipe: "DiffusionPipeline") -> Iterator[None]:
+def _call_context(pipe: "DiffusionPipeline") -> Iterator[None]:
     "Run a call with the step cache's context, and restore the VAE's number format afterwards."
     vae, denoiser = getattr(pipe, "vae", None), denoiser_of(pipe)
     dtype = vae and vae.dtype

@@ -329,19 +329,15 @@ OPEN = """
 import json, sys
 from pathlib import Path
 import torch
+from sdworker.aot import export
 from sdworker.aot.engine import open_part
-from sdworker.aot.export import _OPTIONS
-from sdworker.engine.compiler_options import host_options, quoted_libraries
-from torch._inductor import aoti_compile_and_package
 
-path, device, left_out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-options = {name: value for name, value in _OPTIONS.items() if name not in left_out}
-with torch.no_grad(), quoted_libraries():
-    layer = torch.nn.Linear(32, 32).to(device)
-    exported = torch.export.export(layer, (torch.ones(2, 32, device=device),))
-    aoti_compile_and_package(exported, package_path=path, inductor_configs=host_options(**options))
+path, device, left_out = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+for name in left_out:
+    del export._OPTIONS[name]
+export.package(torch.nn.Linear(32, 32).to(device), (torch.ones(2, 32, device=device),), path)
 print("compiled", flush=True)
-open_part(Path(path))
+open_part(path)
 print("opened")
 """
 

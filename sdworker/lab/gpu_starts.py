@@ -114,7 +114,7 @@ def bake_aot(
     report = Report(setup, "aot-bake", only)
     if not unpack(setup):
         report.parts.clear()  # a record without its AOT package, so compile again
-    if report.part("bake", lambda: bake(setup, setup.seconds_left() - 30), 300):
+    if report.part("bake", lambda: bake(setup, setup.seconds_left() - 30), 60 if setup.dry else 300):
         report.part("pack", lambda: pack(unpack(setup), setup.out))
         report.part("fits", lambda: fits(setup), 10)
     return report
