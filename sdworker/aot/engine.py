@@ -46,8 +46,8 @@ def model_digest(
         for path in sorted((folder / name).glob("*")):
             if path.suffix in (".json", ".txt", ".model") and ".index." not in path.name:
                 digest.update(f"{name}/{path.name}".encode() + path.read_bytes())
-    tensors = {(path.parent.name, key): [entry["dtype"], entry["shape"], few]
-               for path in weight_files(folder) for key, entry, few in _tensors_of(path, 1024 if sample else 0)}
+    tensors = {(path.parent.name, key): [entry["dtype"], entry["shape"], values]
+               for path in weight_files(folder) for key, entry, values in _tensors_of(path, 1024 if sample else 0)}
     digest.update(repr(sorted(tensors.items())).encode())
     return digest.hexdigest()
 
@@ -191,7 +191,7 @@ def _weights(model: ModelInfo, folder: Path, about: dict[str, Any], device: str)
 def _open_on(weights: dict[str, torch.Tensor], path: Path) -> Any:
     "Open a compiled part on shared weights, which it does not copy."
     loader = open_part(path)
-    # into the active set; all constants are there; without a copy
+    # into the active set; all constants must be there; without a copy
     loader.load_constants({name: weights[name] for name in loader.get_constant_fqns()}, False, True, True)
     return loader
 
@@ -290,7 +290,7 @@ def encode_texts(
     engine: AotEngine,  # with its parts on its device, and their weights loaded
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
-) -> Encoded:  # "text" (n, tokens, width); "pooled" (n, width), not of SD 1.x and 2.x; 2n with guidance
+) -> Encoded:  # "text" (n, tokens, width); "pooled" (n, width), not of SD 1.x and 2.x; with guidance 2n, not n
     "Embed the prompts of a batch, and the negative prompts if guidance needs them."
     texts = [spec.prompt for spec in specs] + [spec.negative_prompt for spec in specs if _guided_steps(engine, params)]
     tokens = [torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)], device=engine.device)
@@ -319,7 +319,8 @@ def denoise_by_table(
     about, guided_steps = engine.about, iter(range(_guided_steps(engine, params)))
     fixed = [_conditioning(name, engine, encoded, params) for name in about["conditioning_inputs"]]
     def denoiser(latents: torch.Tensor, t: float) -> torch.Tensor:
-        calls = len(fixed[0]) if next(guided_steps, None) is not None else len(specs)
+        guided = next(guided_steps, None) is not None  # whether a step with guidance is left
+        calls = len(fixed[0]) if guided else len(specs)  # prompts, and if guided also negative prompts
         batch = latents.repeat(calls // len(specs), 1, 1, 1)
         conditioning = (torch.full((calls,), t, device=engine.device), *(tensor[:calls] for tensor in fixed))
         output = engine.run("denoiser", batch, *conditioning)[0]

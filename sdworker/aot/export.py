@@ -55,7 +55,7 @@ def package(
     "Export one call of a module and compile it, without its weights."
     from torch._inductor import aoti_compile_and_package
 
-    with torch.no_grad(), quoted_libraries(), warnings.catch_warnings(action="ignore"):  # they announce changes
+    with torch.no_grad(), quoted_libraries(), warnings.catch_warnings(action="ignore"):  # of future changes
         exported = torch.export.export(part, arguments, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=str(to), inductor_configs=host_options(**_OPTIONS))  # see below
     return exported
@@ -67,12 +67,13 @@ def why_not_opened(
     path: Path,  # .pt2, of a compiled part
 ) -> str:  # the reason, a sentence; empty: the code can be opened
     "Open compiled code in another process, and return why that failed."
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", _OPEN, str(path)], stdin=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if not ended.returncode:
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", _OPEN, str(path)], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if not process.returncode:
         return ""
-    last = f"signal {-ended.returncode}" if ended.returncode < 0 else (ended.stderr.strip().splitlines() or [""])[-1]
-    return (f"{path.stem} was compiled, and the process that opens it ends with {last}; torch {torch.__version__} "
+    last_line = (process.stderr.strip().splitlines() or [""])[-1]
+    end = f"signal {-process.returncode}" if process.returncode < 0 else last_line
+    return (f"{path.stem} was compiled, and the process that opens it ends with {end}; torch {torch.__version__} "
             "cannot use compiled code here, so let the diffusers engine draw.")
 
 # %% ../../nbs/3_aot/04_export.ipynb #cc2b97e8
@@ -91,25 +92,26 @@ def weights_of(
 ) -> dict[str, torch.Tensor]:  # by name; each tensor of a quantized weight has its own
     "Weights and buffers by their names in compiled code."
     tensors = dict(module.named_buffers())
-    for name, weight in module.named_parameters(remove_duplicate=False):  # T5 has its embedding twice
+    for name, weight in module.named_parameters(remove_duplicate=False):  # T5's embedding has two names
         owner, _, leaf = name.rpartition(".")
-        parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
-        tensors |= {f"{owner}.parametrizations.{leaf}.original{k}": getattr(weight, part)
-                    for k, part in enumerate(parts)}
-        tensors |= {} if parts else {name: weight}
+        inner_names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()  # if quantized
+        if not inner_names:
+            tensors[name] = weight
+        for k, inner_name in enumerate(inner_names):
+            tensors[f"{owner}.parametrizations.{leaf}.original{k}"] = getattr(weight, inner_name)
     return tensors
 
 # %% ../../nbs/3_aot/04_export.ipynb #fcde0826
 def compile_part(
     part: torch.nn.Module,  # is exported, and not changed
-    inputs: list[list[Any]],  # of each: dtype and dimensions
-    bounds: dict[str, list[int]],  # of each name: minimum, maximum, multiple
-    to: Path,  # .pt2
+    inputs: list[list[Any]],  # dtype and dimensions of each, from `inputs_of`
+    bounds: dict[str, list[int]],  # minimum, maximum and multiple of each open dimension, from `bounds_of`
+    to: Path,  # .pt2; is written
     device: str = "cpu",  # "cpu" or "cuda"; to compile for
-) -> dict[str, torch.Tensor]:  # its constants by name: weights, and buffers that are in no file
-    "Export a module and compile it, without its weights; raises `ModelError` if code for a GPU cannot be opened."
-    sizes = {"calls": 3, "images": 3} | {name: 4 * bounds["height"][2] * (3 + k)
-                                         for k, name in enumerate(("height", "width"))}
+) -> dict[str, torch.Tensor]:  # the code's constants by name: weights and buffers
+    "Export a module and compile it, without its weights. Raises `ModelError` if the code cannot be used."
+    multiple = bounds["height"][2]
+    sizes = {"calls": 3, "images": 3, "height": 12 * multiple, "width": 16 * multiple}  # of the example inputs
     open_dims = {name: _dimension(name, *limits) for name, limits in bounds.items()}
     example = tuple(torch.ones([sizes.get(dim, dim) for dim in dims], dtype=getattr(torch, dtype), device=device)
                     for dtype, dims in inputs)
@@ -162,15 +164,16 @@ def write_tokenizer(
     "Write a tokenizer with padding and truncation. Raises `ModelError` if the file gives other tokens."
     from tokenizers import Tokenizer
 
-    alone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    alone.enable_truncation(length)
-    alone.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    theirs = tokenizer(_TEXTS, padding="max_length", truncation=True, max_length=length).input_ids
-    if [encoding.ids for encoding in alone.encode_batch(_TEXTS)] != theirs:
+    standalone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # works without transformers
+    standalone.enable_truncation(length)
+    standalone.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    expected_ids = tokenizer(_TEXTS, padding="max_length", truncation=True, max_length=length).input_ids
+    if [encoding.ids for encoding in standalone.encode_batch(_TEXTS)] != expected_ids:
         raise ModelError(f"the tokenizer in {tokenizer.name_or_path} does not work alone, so no AOT package can be "
                          "made of this model.", lasting=True)
-    alone.save(str(to))
+    standalone.save(str(to))
 
+# Prompts for comparisons: empty, plain, with punctuation, in other scripts, too long.
 _TEXTS = ["", "a large red star on a blue background", "A Star!  (really: 1.5)", "über Größe, 日本語 🙂", "word " * 200]
 
 # %% ../../nbs/3_aot/04_export.ipynb #94c96fa4
@@ -213,11 +216,12 @@ def verify_outputs(
     minimum, _, unit = engine.about["key"]["ranges"]["side"]
     request = {"width": minimum + unit, "height": minimum, "steps": 4, "seed": 1, "n": 2}
     worst = 99.0  # for equal pictures, since JSON has no infinity
-    for sampler in ["" if key == f"{OWN} rows" else key.split()[0] for key in engine.tables if key.endswith(" rows")]:
-        drawn = [generate(which, _TEXTS[1], sampler=sampler or None, **request).pictures
-                 for which in (engine, reference)]
-        worst = min(worst, *(psnr(ours.image, theirs.image) for ours, theirs in zip(*drawn, strict=True)))
-        if any(not np.ptp(one.image, (0, 1)).any() for pictures in drawn for one in pictures):
+    tabled = [key.removesuffix(" rows") for key in engine.tables if key.endswith(" rows")]
+    for sampler in [None if name == OWN else name for name in tabled]:
+        ours, theirs = (generate(drawing, _TEXTS[1], sampler=sampler, **request).pictures
+                        for drawing in (engine, reference))
+        worst = min(worst, *(psnr(one.image, other.image) for one, other in zip(ours, theirs, strict=True)))
+        if any(not np.ptp(picture.image, (0, 1)).any() for picture in (*ours, *theirs)):
             raise ModelError("both engines draw nothing but one colour, so nothing is known of the compiled code; try "
                              "another number format.", lasting=True)
     if worst < (40 if engine.dtype == "float32" else 30):

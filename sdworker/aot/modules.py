@@ -34,9 +34,10 @@ class Text(torch.nn.Module):
         "Embed texts."
         if self.text_encoder_2 is None:
             return (self.text_encoder(ids)[0],)
-        one = self.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-        two = self.text_encoder_2(ids_2, output_hidden_states=True)
-        return torch.cat([one, two.hidden_states[-2]], -1), two.text_embeds
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids_2, output_hidden_states=True)
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)  # SDXL uses the last layer but one
+        return text, second.text_embeds
 
 # %% ../../nbs/3_aot/03_modules.ipynb #ec16d99f
 class Denoiser(torch.nn.Module):
@@ -78,11 +79,11 @@ class Text3(Text):
                 ids_3: torch.Tensor,  # int64 (n, tokens), of T5
                 ) -> tuple[torch.Tensor, ...]:  # text (n, tokens of CLIP and T5, width), pooled (n, width)
         "Embed texts."
-        both = [encoder(tokens, output_hidden_states=True)
-                for encoder, tokens in ((self.text_encoder, ids), (self.text_encoder_2, ids_2))]
-        long, short = self.text_encoder_3(ids_3)[0], torch.cat([one.hidden_states[-2] for one in both], -1)
-        short = torch.nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
-        return torch.cat([short, long], 1), torch.cat([one.text_embeds for one in both], -1)
+        outputs = [encoder(tokens, output_hidden_states=True)
+                   for encoder, tokens in ((self.text_encoder, ids), (self.text_encoder_2, ids_2))]
+        t5, clip = self.text_encoder_3(ids_3)[0], torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))  # zeros, up to T5's width
+        return torch.cat([clip, t5], 1), torch.cat([output.text_embeds for output in outputs], -1)
 
 class Denoiser3(torch.nn.Module):
     "SD 3.5's denoiser."
@@ -117,10 +118,10 @@ class DenoiserFlux(Denoiser3):
                 ) -> tuple[torch.Tensor]:  # the prediction, with the latents' shape
         "One call of the denoiser, on patches of two by two."
         n, channels, rows, columns = latents.shape[0], latents.shape[1], latents.shape[2] // 2, latents.shape[3] // 2
-        patches = latents.view(n, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        sides = (torch.arange(size, device=latents.device, dtype=torch.float32) for size in (rows, columns))
-        y, x = torch.meshgrid(*sides, indexing="ij")
-        positions = torch.stack([0 * y, y, x], -1)
+        patches = latents.view(n, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)  # by row and column
+        axes = (torch.arange(size, device=latents.device, dtype=torch.float32) for size in (rows, columns))
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        positions = torch.stack([0 * y, y, x], -1)  # of each patch; the first of FLUX.1's three axes is always 0
         output = self.transformer(
             hidden_states=patches.reshape(n, rows * columns, 4 * channels), encoder_hidden_states=text,
             pooled_projections=pooled, timestep=t.to(latents.dtype) / 1000, guidance=guidance, return_dict=False,
@@ -136,7 +137,7 @@ class AotSpec:
     denoiser: type[torch.nn.Module]  # class of the part with the denoiser; constructed with a pipeline
     tokenizers: tuple[str, ...]  # names of the pipeline's attributes, in the order of the inputs of `text`
     conditions: tuple[str, ...]  # the inputs of `denoiser` after latents and timestep, in order
-    long_texts: tuple[str, ...] = ()  # those that take `max_sequence_length` tokens, a pipeline's argument
+    long_texts: tuple[str, ...] = ()  # tokenizers whose texts have a pipeline's `max_sequence_length` tokens
     even_sigmas: bool = False  # the pipeline sets evenly spaced noise levels from 1 to 1 / steps
 
 AOT_SPECS = {  # by pipeline class, for each family that compiles
@@ -156,17 +157,20 @@ def tokenizers_of(
 ) -> dict[str, int]:  # tokens per text, by the tokenizer's name
     "A pipeline's tokenizers and the length of their texts."
     class_name = type(pipe).__name__
-    length = family_of(class_name).text_length(denoiser_of(pipe).config)
-    return {name: getattr(pipe, name).model_max_length if name not in AOT_SPECS[class_name].long_texts else
-            length or signature(pipe.__call__).parameters["max_sequence_length"].default
-            for name in AOT_SPECS[class_name].tokenizers}
+    spec, schnell_length = AOT_SPECS[class_name], family_of(class_name).text_length(denoiser_of(pipe).config)
+
+    def text_length(name: str) -> int:
+        if name not in spec.long_texts:
+            return getattr(pipe, name).model_max_length
+        return schnell_length or signature(pipe.__call__).parameters["max_sequence_length"].default
+    return {name: text_length(name) for name in spec.tokenizers}
 
 def conditioning_inputs(
     pipe: "DiffusionPipeline",  # of a class in `AOT_SPECS`
 ) -> list[str]:  # of "text", "pooled", "sizes" and "guidance"
     "The denoiser's inputs after latents and timestep."
-    built_in = denoiser_of(pipe).config.get("guidance_embeds")  # of FLUX.1, not of schnell
-    return [name for name in AOT_SPECS[type(pipe).__name__].conditions if name != "guidance" or built_in]
+    takes_guidance = denoiser_of(pipe).config.get("guidance_embeds")  # as FLUX.1 does, except schnell
+    return [name for name in AOT_SPECS[type(pipe).__name__].conditions if name != "guidance" or takes_guidance]
 
 # %% ../../nbs/3_aot/03_modules.ipynb #5b225d9c
 @torch.no_grad()
@@ -178,12 +182,12 @@ def inputs_of(
     "The inputs of each part of a pipeline."
     tokens = tokenizers_of(pipe).values()
     embeddings = text(*(torch.ones(1, count, dtype=torch.int64, device=pipe.device) for count in tokens))
-    widths = {name: list(tensor.shape[1:]) for name, tensor in zip(("text", "pooled"), embeddings, strict=False)}
-    widths |= {"sizes": [6], "guidance": []}
+    shapes = {name: list(tensor.shape[1:]) for name, tensor in zip(("text", "pooled"), embeddings, strict=False)}
+    shapes |= {"sizes": [6], "guidance": []}  # all without the first dimension, which is the number of calls
     latents = [pipe.vae.config.latent_channels, "height", "width"]
     return {"text": [["int64", ["calls", count]] for count in tokens],
             "denoiser": [[dtype, ["calls", *latents]], ["float32", ["calls"]],
-                         *([dtype, ["calls", *widths[name]]] for name in conditioning_inputs(pipe))],
+                         *([dtype, ["calls", *shapes[name]]] for name in conditioning_inputs(pipe))],
             "vae": [[dtype, ["images", *latents]]]}
 
 def bounds_of(

@@ -40,7 +40,7 @@ def unsupported_by_aot(
 ) -> str:  # a clause for a sentence; empty: it is supported
     "Why an AOT package cannot draw with a model and these settings."
     if not model.family.compiles:
-        return f"there are none for the denoiser of a {model.pipeline}"
+        return f"no AOT package can be made for the denoiser of a {model.pipeline}"
     if names := settings_unsupported_by_aot(settings):
         return f"{names[0]} is for the diffusers engine alone"
     if addons := addons_present(model):
@@ -88,11 +88,12 @@ def _default_unsupported(model: ModelInfo, folder: Path) -> str:
     from sdworker.aot.engine import ABOUT, unsupported_reason
     from sdworker.engine.types import SamplingParams
 
-    with safe_open(folder / "tables.safetensors", "np") as tables:
-        package = SimpleNamespace(model=model, about=read_json(folder / ABOUT), tables=set(tables.keys()))
-    return unsupported_reason(package, SamplingParams(model.side, model.side, model.steps, model.guidance), 1)
+    with safe_open(folder / "tables.safetensors", "np") as tables:  # an engine without code is enough here
+        engine = SimpleNamespace(model=model, about=read_json(folder / ABOUT), tables=set(tables.keys()))
+    return unsupported_reason(engine, SamplingParams(model.side, model.side, model.steps, model.guidance), 1)
 
 def _no_package(settings: Settings, reason: str) -> ModelError:
+    "The error if SDWORKER_ENGINE requires an AOT package and none can be used."
     reason = reason or f"there is none in {aot_dirs(settings)[0]}"
     return ModelError(f"SDWORKER_ENGINE is 'aot', and {reason}; make one with `sdworker bake --aot`, or use "
                       "'auto'.", lasting=True)
@@ -100,10 +101,10 @@ def _no_package(settings: Settings, reason: str) -> ModelError:
 # %% ../../nbs/3_aot/05_selection.ipynb #486af2a9
 def open_selected(
     selection: Selection,  # of an AOT package: its `folder` is set
-    settings: Settings,  # `engine`, which says whether the package is required
+    settings: Settings,  # `engine`: whether the package is required
     model: ModelInfo,  # its folder has the weights that the package uses
     device: str,  # "cpu" or "cuda"
-    load_diffusers: "Callable[[Mapping[str, torch.Tensor]], Engine]",  # for what AOT does not support
+    load_diffusers: "Callable[[Mapping[str, torch.Tensor]], Engine]",  # takes the weights in memory
 ) -> "tuple[Engine | None, str]":  # the engine and ""; or None and the reason
     "Open the selected AOT package. Raises `ModelError` if it fails to open and SDWORKER_ENGINE requires it."
     from sdworker.aot.engine import AotEngine, AotWithFallback

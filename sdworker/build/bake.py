@@ -185,8 +185,8 @@ def _bake(listing: Listing, to: Path, identity: dict, on_progress: Callable[[int
     entries = [{name: getattr(file, name) for name in _ENTRY_FIELDS} | {"cut_from": cuts.get(file.file)}
                for file in sorted(_fetch_all(files, staging, on_bytes), key=lambda file: file.file)]
     manifest = identity | {"license": listing.license, "bytes": total, "files": entries,
-                        "pipeline": read_json(staging / "model_index.json").get("_class_name"),
-                        "fused": listing.manifest and listing.manifest["fused"]}
+                           "pipeline": read_json(staging / "model_index.json").get("_class_name"),
+                           "fused": listing.manifest and listing.manifest["fused"]}
     _finish(staging, to, manifest)
     return read_manifest(to)
 
@@ -223,13 +223,13 @@ def bake(
     to.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(to.with_name(f".{to.name}.lock")):
         identity = {"repository": model, "variant": variant, "addons": addons}
-        # a full commit: if the folder already holds it, the hub need not be asked
+        # a full commit that the folder already holds: no request to the hub
         if not local.is_dir() and re.fullmatch(r"[0-9a-f]{40}", revision or "") and (
                 manifest := _baked_before(to, identity | {"revision": revision}, on_progress)):
             return manifest
         name = model if local == EMBEDDED else local.name
         listing = _list_folder(local, name, variant) if local.is_dir() else list_on_hub(model, revision or None)
-        if listing.manifest:  # a folder that was baked before: its manifest says what it holds
+        if listing.manifest:  # a folder that was baked before: its manifest identifies the model
             identity = {name: listing.manifest[name] for name in identity}
         identity |= {"repository": listing.repository, "revision": listing.revision}
         return _baked_before(to, identity, on_progress) or _bake(

@@ -46,11 +46,12 @@ def _component_files(names: Iterable[str], variant: str) -> tuple[list[str], lis
     indexes = [(name, m[1] or "") for name in names if (m := _INDEX.fullmatch(name))]
     rest = [name for name in names if name.endswith(_TEXT) and ".index." not in name]
     for preferred in (variant, ""):
-        shards = [name for name, of, shard in weights if of == preferred and shard]
-        index = [name for name, of in indexes if of == preferred]
+        shards = [name for name, its_variant, is_shard in weights if its_variant == preferred and is_shard]
+        index = [name for name, its_variant in indexes if its_variant == preferred]
         if shards and index:
             return index + shards, rest
-        if single := sorted(name for name, of, shard in weights if of == preferred and not shard):
+        if single := sorted(name for name, its_variant, is_shard in weights
+                            if its_variant == preferred and not is_shard):
             return single[:1], rest  # diffusers' name before transformers', as a load looks for them
     return [], rest
 

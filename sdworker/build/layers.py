@@ -22,24 +22,24 @@ def _parts(path: Path, limit: int) -> list[list[tuple[str, dict]]]:
     "Divide tensors (name, header entry), in file order, into parts of about equal size, at most `limit` bytes."
     entries = sorted(header_of(path)[1].items(), key=lambda item: item[1]["data_offsets"])
     total = entries[-1][1]["data_offsets"][1]
-    aim = total / math.ceil(total / limit)
+    equal_size = total / math.ceil(total / limit)  # 5 % more is allowed below, since tensors stay whole
     parts, begin = [[]], 0
     for name, entry in entries:
-        if parts[-1] and entry["data_offsets"][1] - begin > min(limit, aim * 1.05):
+        if parts[-1] and entry["data_offsets"][1] - begin > min(limit, equal_size * 1.05):
             parts.append([])
             begin = entry["data_offsets"][0]
         parts[-1].append((name, entry))
     return parts
 
-def _write_part(source: Path, data: int, part: list[tuple[str, dict]], to: Path) -> None:
-    "Write one part: its own header, then the bytes as they are."
+def _write_part(source: Path, data_start: int, part: list[tuple[str, dict]], to: Path) -> None:
+    "Write one part of `source`, whose tensors' bytes begin at `data_start`, as a file with its own header."
     begin, end = part[0][1]["data_offsets"][0], part[-1][1]["data_offsets"][1]
     moved = {name: entry | {"data_offsets": [at - begin for at in entry["data_offsets"]]} for name, entry in part}
     header = json.dumps({"__metadata__": {"format": "pt"}, **moved}).encode()
     header += b" " * (-len(header) % 8)  # the format requires aligned data
     with source.open("rb") as stream, to.open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
-        stream.seek(data + begin)
+        stream.seek(data_start + begin)
         remaining = end - begin
         while remaining:
             piece = stream.read(min(remaining, 2**24))
@@ -57,11 +57,11 @@ def shard(
     name = _SINGLE_FILE.fullmatch(path.name)
     if not name:
         raise ModelError(f"{path.name} is cut already, or named unlike a weights file.", lasting=True)
-    variant, data, parts = f".{name[2]}" if name[2] else "", header_of(path)[0], _parts(path, limit)
+    variant, data_start, parts = f".{name[2]}" if name[2] else "", header_of(path)[0], _parts(path, limit)
     files = [path.with_name(f"{name[1]}{variant}-{k:05}-of-{len(parts):05}.safetensors")
              for k in range(1, len(parts) + 1)]
     for file, part in zip(files, parts, strict=True):
-        _write_part(path, data, part, file)
+        _write_part(path, data_start, part, file)
     index = path.with_name(f"{name[1]}.safetensors.index{variant}.json")
     weight_map = {tensor: file.name for file, part in zip(files, parts, strict=True) for tensor, _ in part}
     size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for part in parts for _, entry in part)
@@ -124,8 +124,8 @@ def main(
     parser = argparse.ArgumentParser(description=split_layers.__doc__)
     parser.add_argument("folder", type=Path, help="a baked model")
     parser.add_argument("to", type=Path, help="gets folders 0, 1, ...")
-    parser.add_argument("count", type=int, nargs="?", default=8, help="of folders")
-    parser.add_argument("limit", type=int, nargs="?", default=LAYER, help="bytes in a layer")
+    parser.add_argument("count", type=int, nargs="?", default=8, help="number of folders")
+    parser.add_argument("limit", type=int, nargs="?", default=LAYER, help="maximum bytes in a layer")
     options = parser.parse_args(arguments)
     for number, size in enumerate(split_layers(options.folder, options.to, options.count, options.limit)):
         print(f"layer {number}: {size / 1e6:,.1f} MB")

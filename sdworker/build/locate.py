@@ -31,9 +31,9 @@ class LookupResult:
     broken: bool = False  # whether the requested model is there, but damaged or incomplete
 
 def _lookup_baked(
-    place: str,
+    place: str,  # for `LookupResult`
     folder: Path,  # where a baked model may be
-    settings: Settings,
+    settings: Settings,  # model, revision and add-ons
 ) -> LookupResult:
     "Check whether a folder's manifest names the requested model, and its files exist."
     try:
@@ -53,9 +53,9 @@ def _lookup_baked(
 
 # %% ../../nbs/1_build/05_locate.ipynb #e202bc4c
 def _lookup_cache(
-    place: str,
+    place: str,  # for `LookupResult`
     cache: Path,  # in the hub's layout
-    settings: Settings,
+    settings: Settings,  # model, revision and add-ons
 ) -> LookupResult:
     "Check whether a cache holds the requested model with all its files."
     folder = cache / f"models--{settings.model.replace('/', '--')}"

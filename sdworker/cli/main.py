@@ -41,22 +41,22 @@ def _write(drawn, out: Path, request: JobRequest) -> list[dict]:  # path, prompt
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
-    n: Annotated[int, typer.Option("--num", "-n", help="Images of each prompt.")] = 1,
+    n: Annotated[int, typer.Option("--num", "-n", help="Images for each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Image k gets seed + k; default: random.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Such as euler or 'DPM++ 2M'; default: the model's.")] = None,
-    negative: Annotated[str, typer.Option(help="What to keep out.")] = "",
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    guidance_stop: Annotated[float | None, typer.Option(help="Share of the steps that have guidance.")] = None,
+    guidance_stop: Annotated[float | None, typer.Option(help="Share of steps with guidance; default: 1.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to begin from, or to edit.")] = None,
-    mask_image: Annotated[Path | None, typer.Option(help="What to draw anew: the white part of this picture.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far from it; default: 0.6, with a mask 1.")] = None,
+    mask_image: Annotated[Path | None, typer.Option(help="Mask; its white part is drawn anew.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far from --image; default: 0.6, with a mask 1.")] = None,
     fmt: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp; default: png.")] = None,
-    quality: Annotated[int | None, typer.Option(help="1 to 100, of jpeg and webp; default: 90.")] = None,
+    quality: Annotated[int | None, typer.Option(help="1 to 100, for jpeg and webp; default: 90.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
-    endpoint: Annotated[str, typer.Option(help="Draw there: an id, or a local API's address.")] = "",
+    endpoint: Annotated[str, typer.Option(help="Draw on this endpoint: an id, or a local API's address.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Draw pictures and write them as files, here or on an endpoint; its key comes from RUNPOD_API_KEY.
@@ -151,19 +151,19 @@ def bake(
     model: Annotated[str | None, typer.Argument(help="`owner/name` on the hub, a folder, or `embedded`.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to make; it will be read-only.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch; default: the hub's main.")] = None,
-    variant: Annotated[str, typer.Option(help="Of the weights; empty: those without one.")] = "fp16",
-    addons: Annotated[str | None, typer.Option(help="As in SDWORKER_ADDONS, which is the default.")] = None,
-    fuse_loras: Annotated[float | None, typer.Option(help="Add its LoRAs into the weights, at this scale.")] = None,
-    aot: Annotated[bool, typer.Option("--aot", help="Compile it, or the model of the settings.")] = False,
+    variant: Annotated[str, typer.Option(help="Variant of the weights; empty: files without one.")] = "fp16",
+    addons: Annotated[str | None, typer.Option(help="Add-ons, as in SDWORKER_ADDONS, the default.")] = None,
+    fuse_loras: Annotated[float | None, typer.Option(help="Add the LoRAs into the weights, at this scale.")] = None,
+    aot: Annotated[bool, typer.Option("--aot", help="Compile MODEL, or the model of the settings.")] = False,
     compile_cache: Annotated[bool, typer.Option("--compile-cache", help="Fill the cache of torch.compile.")] = False,
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compile for; default: as set.")] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="To compile for; default: the setting.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Fetch a model at one commit, check every byte, and leave a read-only folder with a manifest.
 
-    With --aot, compile it for this kind of machine, into SDWORKER_AOT_DIR, so that workers start without diffusers;
-    SDWORKER_QUANTIZE=int8 compiles it with eight-bit weights. The command may be interrupted and called again. For a
-    gated model, HF_TOKEN has the token, or HF_TOKEN_PATH names its file.
+    With --aot, compile the model for this kind of machine, into SDWORKER_AOT_DIR, so that workers start without
+    diffusers; SDWORKER_QUANTIZE=int8 compiles it with eight-bit weights. The command may be interrupted and called
+    again. For a gated model, HF_TOKEN has the token, or HF_TOKEN_PATH names its file.
 
     Examples:
 
@@ -189,7 +189,7 @@ def bake(
 # %% ../../nbs/9_cli/02_main.ipynb #a5818162
 def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str | None, scale: float | None,
            shown: bool) -> dict:
-    "Bake a model, fuse its LoRAs at a scale if there is one, and print a summary; returns the manifest."
+    "Bake a model, fuse its LoRAs if there is a scale, and print a summary; returns the manifest."
     from sdworker.build.bake import bake
 
     try:
@@ -231,7 +231,7 @@ def _aot(model_folder: Path | None, name: str | None, device: str | None, shown:
         report = {"folder": str(folder), "bytes": size, "psnr": read_json(folder / "aot.json")["psnr"]}
     if shown:
         typer.echo(f"{folder}: {size / 1e6:.1f} MB of compiled code, "
-                   f"{report['psnr']:.0f} dB from diffusers at worst")
+                   f"PSNR against diffusers {report['psnr']:.0f} dB or more")
     return report
 
 def _to_compile(model_folder: Path | None, name: str | None, device: str | None):
@@ -274,8 +274,8 @@ def _of_steps(shown: bool):
 # %% ../../nbs/9_cli/02_main.ipynb #344075ed
 @app.command()
 def verify(
-    folder: Annotated[Path | None, typer.Argument(help="That was baked; default: the model of the settings.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Lengths and headers only: milliseconds.")] = False,
+    folder: Annotated[Path | None, typer.Argument(help="A baked folder; default: the settings' model.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only lengths and headers; takes milliseconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Check that a baked model is what its manifest says, byte for byte.
@@ -338,7 +338,7 @@ def serve(
 @app.command()
 def start(
     test_input: Annotated[str | None, typer.Option(
-        "--test-input", "--test_input", help="Answer this one job, given as JSON, and end.")] = None,
+        "--test-input", "--test_input", help="Answer this one job, given as JSON, and exit.")] = None,
 ):
     """Take jobs from RunPod's queue: what the container runs.
 
@@ -355,7 +355,7 @@ def start(
 
 # %% ../../nbs/9_cli/02_main.ipynb #a535c96a
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False):
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False):
     if version:
         from importlib.metadata import version as installed
 

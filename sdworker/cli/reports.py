@@ -38,15 +38,15 @@ def plain_errors(
     except ModuleNotFoundError as error:
         if error.name != "sdworker.lab":
             raise
-        typer.echo("sdworker: the image does not have what this command measures with; run it from an install of the "
-                   "package or a checkout.", err=True)
+        typer.echo("sdworker: the image does not contain sdworker.lab, which this command needs; run it from an "
+                   "install of the package or a checkout.", err=True)
         raise typer.Exit(1) from None
 
 # %% ../../nbs/9_cli/01_reports.ipynb #02b01ca4
 @contextmanager
 def bar(
     shown: bool,  # False: nothing is drawn
-    label: str,  # text beside the bar, unless a call brings its own
+    label: str,  # text next to the bar; a call may replace it
     of_bytes: bool = False,  # True: progress is in bytes; False: in steps
 ):
     "A progress bar on stderr; yields a callback that takes the steps or bytes done, the total, and perhaps a text."
@@ -64,9 +64,9 @@ def bar(
 def coldstart(
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, max=1000, help="Starts of each worker.")] = 3,
     against: Annotated[Literal["naive"] | None, typer.Option(
-        help="Compare, in turn, with the usual worker: all imports at the top, then the model, then the SDK.")] = None,
+        help="Compare, interleaved, with the usual worker: it imports all, loads the model, starts the SDK.")] = None,
     engine: Annotated[Literal["auto", "aot", "diffusers"] | None, typer.Option(
-        help="What our worker draws with; default: SDWORKER_ENGINE.")] = None,
+        help="Engine of our worker; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the waterfall into this .png or .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -100,11 +100,12 @@ def coldstart(
 # %% ../../nbs/9_cli/01_reports.ipynb #9c92d0fa
 def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool, plot: Path | None,
                shown: bool) -> dict:
-    "Measure, with a progress bar, and draw."
+    "Measure, with a progress bar if `shown`, and plot."
     from sdworker.lab import coldstart as lab
 
-    starts = (repeat + warm) * (2 if against else 1) + repeat
-    done = count(1)  # one turn more where the cache cannot be emptied
+    workers = 2 if against else 1
+    starts = (repeat + warm) * workers + repeat  # warm: one more of each; and `import torch` alone each time
+    done = count(1)  # ends above `starts` if the cache cannot be emptied: all starts are warm then
     with bar(shown, "starting workers") as on_step:
         report = lab.coldstart(repeat, against, not warm, engine, lambda: on_step(next(done), starts))
     if plot:
@@ -116,12 +117,12 @@ def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool,
 def bench(
     suite: Annotated[Literal["cpu", "gpu"], typer.Option(help=(
         "cpu: the embedded model, eight minutes on two cores; gpu: SDXL's architecture with random weights."))] = "cpu",
-    to: Annotated[Path, typer.Option(help="Folder of the record, and of what a run that was cut off has done.")
+    to: Annotated[Path, typer.Option(help="Folder of the record, and of the rows so far if a run is cut off.")
                   ] = Path("results"),
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Of the gpu suite; default: cuda.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="In small, to see that a suite runs.")] = False,
-    minutes: Annotated[float, typer.Option(help="Of the gpu suite; what is missing then is for the next call.")] = 8,
-    only: Annotated[str, typer.Option(help="Of the cpu suite: measure the rows with this in their names anew.")] = "",
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="For the gpu suite; default: cuda.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, to check that a suite runs.")] = False,
+    minutes: Annotated[float, typer.Option(help="Limit for the gpu suite; the next call measures the rest.")] = 8,
+    only: Annotated[str, typer.Option(help="In the cpu suite, measure again the rows with this in their names.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Measure every switch against the plain pipeline: time, memory, pictures.
@@ -174,22 +175,22 @@ def _go_on(missing: dict[str, str], path: Path) -> NoReturn:
 # %% ../../nbs/9_cli/01_reports.ipynb #3d5415f6
 @app.command()
 def plan(
-    trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz: arrival, seconds, images.")] = None,
-    a_day: Annotated[float, typer.Option("--requests", help="Requests a day, where there is no trace.")] = 1000,
-    seconds: Annotated[float | None, typer.Option(help="That one takes, on average; else estimated for --gpu.")] = None,
-    swing: Annotated[float, typer.Option(min=0, max=1, help="Of the daily rate around its mean.")] = 0.5,
-    burst: Annotated[int, typer.Option(min=1, help="Requests that come together.")] = 1,
-    min_workers: Annotated[int, typer.Option("--min", help="Workers that are always there.")] = 1,
-    max_workers: Annotated[int, typer.Option("--max", help="Workers at once.")] = 3,
-    idle: Annotated[float, typer.Option(help="Seconds that a worker waits for more.")] = 5,
+    trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz with arrival, seconds, images.")] = None,
+    a_day: Annotated[float, typer.Option("--requests", help="Requests a day, without --trace.")] = 1000,
+    seconds: Annotated[float | None, typer.Option(help="Mean seconds of a request; default: from --gpu.")] = None,
+    swing: Annotated[float, typer.Option(min=0, max=1, help="Daily swing of the rate around its mean.")] = 0.5,
+    burst: Annotated[int, typer.Option(min=1, help="Requests that arrive together.")] = 1,
+    min_workers: Annotated[int, typer.Option("--min", help="Workers that are always on.")] = 1,
+    max_workers: Annotated[int, typer.Option("--max", help="Most workers at once.")] = 3,
+    idle: Annotated[float, typer.Option(help="Seconds that an idle worker waits before it stops.")] = 5,
     cold: Annotated[float, typer.Option(help="Seconds of a cold start.")] = 15,
-    flashboot: Annotated[float, typer.Option(help="Share of starts that it shortens: yours to assume.")] = 0,
+    flashboot: Annotated[float, typer.Option(help="Share of starts that FlashBoot shortens; an assumption.")] = 0,
     delay: Annotated[float, typer.Option(help="Seconds in the queue after which a worker is started.")] = 4,
-    count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker: scales by them instead.")] = None,
-    discount: Annotated[float, typer.Option(min=0, max=1, help="Of always-on workers, if RunPod grants you one.")] = 0,
-    gpu: Annotated[str, typer.Option(help="Its price, and an image's seconds, such as A4000, 4090, A100.")] = "4090",
-    values: Annotated[Literal["none", "default"], typer.Option("--grid", help="60 settings around it.")] = "none",
-    goal: Annotated[str, typer.Option(help="Such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
+    count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker; replaces --delay.")] = None,
+    discount: Annotated[float, typer.Option(min=0, max=1, help="On the price of always-on workers; 0.2: 20 %.")] = 0,
+    gpu: Annotated[str, typer.Option(help="For price and seconds of an image; such as A4000, 4090.")] = "4090",
+    values: Annotated[Literal["none", "default"], typer.Option("--grid", help="Simulate 60 settings too.")] = "none",
+    goal: Annotated[str, typer.Option(help="Limit, such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw cost and latency into this .png or .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
@@ -213,16 +214,16 @@ def plan(
     _show_plan(study | {"estimate": estimate}, as_json)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
-def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **more) -> tuple:
-    "Return the requests, and the estimate of an image's seconds where none are given."
+def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **swing_and_burst) -> tuple:
+    "Return the requests, and the estimate of an image's seconds; None with a trace or with seconds."
     from sdworker.operate import plan as planner
 
     if trace:
         return planner.read_trace(trace), None
     if seconds is not None:
-        return planner.poisson(a_day, seconds, **more), None
+        return planner.poisson(a_day, seconds, **swing_and_burst), None
     low, high = planner.image_seconds(gpu)
-    return planner.poisson(a_day, (low + high) / 2, **more), {"gpu": gpu, "seconds": [low, high]}
+    return planner.poisson(a_day, (low + high) / 2, **swing_and_burst), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../../nbs/9_cli/01_reports.ipynb #ec0c8a85
 def _show_plan(study: dict, as_json: bool) -> None:
@@ -236,40 +237,41 @@ def _show_plan(study: dict, as_json: bool) -> None:
              "wait_p99": "p99", "latency_p95": "answer p95", "cold": "cold", "cost_day": "$ a day",
              "cost_image": "$ image"}
     table = Table("", *names.values(), box=None)
-    rows = [("as asked", study["setting"]), *[("", one) for one in study["front"] if one != study["setting"]]]
-    for label, one in rows:
-        mark = "recommended" if one == study["recommendation"] else label
-        table.add_row(mark, *[f"{one[name]:.0%}" if name == "cold" else f"{one[name]:.4f}" if name == "cost_image" else
-                              f"{one[name]:.4g}" for name in names])
+    formats = {"cold": ".0%", "cost_image": ".4f"}  # the others: four digits
+    rows = [("your setting", study["setting"])]
+    rows += [("", report) for report in study["front"] if report != study["setting"]]
+    for label, report in rows:
+        mark = "recommended" if report == study["recommendation"] else label
+        table.add_row(mark, *[format(report[name], formats.get(name, ".4g")) for name in names])
     Console().print(table)
     if study["estimate"]:
         low, high = study["estimate"]["seconds"]
         typer.echo(f"an image of SDXL takes {(low + high) / 2:.1f} s ({low:.1f} to {high:.1f}) on this GPU, "
-                   f"{study['estimate']['gpu']}: estimated, not measured; give --seconds if you have measured")
+                   f"{study['estimate']['gpu']}: estimated, not measured; give --seconds if you have measured it")
     peak = max(study["workers"]) or 1
-    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * one / peak), 7)] for one in study["workers"])
-    typer.echo(f"workers over time, as asked, {peak:.1f} at most: {bars}")
+    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * workers / peak), 7)] for workers in study["workers"])
+    typer.echo(f"workers over time with your setting, {peak:.1f} at most: {bars}")
     if study["goal"]:
         best = study["recommendation"]
-        typer.echo(f"{study['goal']}: " + (f"{study['ratio']:.2f} of the cost as asked" if best else
+        typer.echo(f"{study['goal']}: " + (f"{study['ratio']:.2f} of the cost of your setting" if best else
                                            "no setting reaches it"))
 
 # %% ../../nbs/9_cli/01_reports.ipynb #bc79b43c
 @app.command()
 def deploy(
-    name: Annotated[str, typer.Option(help="Of the endpoint and its template.")] = "sdworker",
-    image: Annotated[str, typer.Option(help="That RunPod can pull, such as docker.io/you/sdworker:1.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the endpoint and its template.")] = "sdworker",
+    image: Annotated[str, typer.Option(help="Image that RunPod can pull, such as docker.io/you/sdworker:1.")] = "",
     preset: Annotated[str, typer.Option(help="A preset of hub.json, such as 'SDXL, low memory'.")] = "",
-    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, goes before hub.json; may be repeated.")] = None,
-    hub: Annotated[Path, typer.Option(help="The file to deploy.")] = Path("hub.json"),
-    min_workers: Annotated[int | None, typer.Option("--min", help="Workers that are always there.")] = None,
-    max_workers: Annotated[int | None, typer.Option("--max", help="Workers at once.")] = None,
-    idle: Annotated[int | None, typer.Option(help="Seconds that a worker waits for more work.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, overrides hub.json; may be repeated.")] = None,
+    hub: Annotated[Path, typer.Option(help="File with the settings to deploy.")] = Path("hub.json"),
+    min_workers: Annotated[int | None, typer.Option("--min", help="Workers that are always on.")] = None,
+    max_workers: Annotated[int | None, typer.Option("--max", help="Most workers at once.")] = None,
+    idle: Annotated[int | None, typer.Option(help="Seconds that an idle worker waits before it stops.")] = None,
     flashboot: Annotated[bool | None, typer.Option(help="Default: as in hub.json.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show the endpoint as it is.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the endpoint and its template.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Create or update an endpoint on RunPod; the key comes from RUNPOD_API_KEY.
@@ -297,30 +299,30 @@ def _deploy(options: dict, hub: Path, actions: tuple[bool, bool, bool], yes: boo
     dry_run, status, delete = actions
     with plain_errors(ClientError, deployment.DeployError):
         if dry_run and not os.environ.get(KEY):
-            typer.echo(f"sdworker: {KEY} is not set, so this is compared with nothing.", err=True)
-            return _planned(deployment, None, options, hub, True, yes, as_json)
+            typer.echo(f"sdworker: {KEY} is not set, so the plan is not compared with the account.", err=True)
+            return _plan_and_apply(deployment, None, options, hub, True, yes, as_json)
         with deployment.account_of() as http:
             if status:
                 typer.echo(json.dumps(deployment.status(http, options["name"]), indent=None if as_json else 2))
             elif delete:
-                _sure(yes, f"Delete {options['name']}, its queue and its template?")
+                _confirm(yes, f"Delete {options['name']}, its queue and its template?")
                 deleted = deployment.delete(http, options["name"])
                 names = ", ".join(deleted) or "nothing"
                 typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted: {names}")
             else:
-                _planned(deployment, http, options, hub, dry_run, yes, as_json)
+                _plan_and_apply(deployment, http, options, hub, dry_run, yes, as_json)
 
-def _sure(yes: bool, question: str) -> None:
+def _confirm(yes: bool, question: str) -> None:
     "Ask for confirmation, unless --yes was given; exit on a no."
     if not yes and not sys.stdin.isatty():
-        raise OSError("nobody is there to be asked; --yes says that it is wanted.")
+        raise OSError("there is no terminal to confirm this on; --yes confirms it.")
     if not yes and not typer.confirm(question, err=True):
         raise typer.Exit(1)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #47fa57ae
-def _planned(deployment, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
+def _plan_and_apply(deployment, http, options: dict, hub: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     "Plan, print, confirm and apply."
-    pairs = [one.partition("=") for one in options["env"]]
+    pairs = [pair.partition("=") for pair in options["env"]]
     for key, equals, _ in pairs:
         if not (key and equals):
             raise deployment.DeployError(f"--env is {key!r}: should be KEY=VALUE.")
@@ -335,7 +337,7 @@ def _planned(deployment, http, options: dict, hub: Path, dry_run: bool, yes: boo
     if not as_json:
         typer.echo("\n".join(deployment.describe(todo, spec)))
     if not dry_run and any(step.verb != "keep" for step in todo):
-        _sure(yes, "Do that?")
+        _confirm(yes, "Apply these changes?")
         report["made"] = deployment.apply(http, todo)
         if not as_json:
             typer.echo(f"done: endpoint {report['made']['endpoint']}")
@@ -355,7 +357,7 @@ SIGNS = {"pass": "[green]✓[/]", "warn": "[yellow]![/]", "fail": "[red]✗[/]"}
 
 @app.command()
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Only what every start looks at: milliseconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the checks of every start; takes milliseconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Look for what keeps a worker from answering, or makes it slow or expensive.
@@ -375,10 +377,10 @@ def doctor(
 
     table, findings = Table(box=None, show_header=False), []
     with Console(stderr=True, quiet=as_json or not sys.stderr.isatty()).status("looking"):
-        for one in run_checks(QUICK if quick else CHECKS):
-            findings.append(one)
-            table.add_row(SIGNS[one.state], one.name, escape(one.detail) + (f"\n[dim]{escape(one.remedy)}[/]"
-                                                                          if one.remedy else ""))
+        for finding in run_checks(QUICK if quick else CHECKS):
+            findings.append(finding)
+            remedy = f"\n[dim]{escape(finding.remedy)}[/]" if finding.remedy else ""
+            table.add_row(SIGNS[finding.state], finding.name, escape(finding.detail) + remedy)
     report = as_record(findings)
     if as_json:
         typer.echo(json.dumps(report))

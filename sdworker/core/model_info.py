@@ -24,7 +24,7 @@ class ModelError(RuntimeError):
     def __init__(
         self,
         message: str,  # one sentence with a remedy
-        lasting: bool = False,  # whether a retry cannot help
+        lasting: bool = False,  # True: a retry cannot help
     ):
         super().__init__(message)
         self.lasting = lasting
@@ -109,11 +109,11 @@ def read_model_info(
     pipeline = read_entry(index, "_class_name", str)
     family, denoiser = family_of(pipeline), "unet" if "unet" in read_json(index) else "transformer"
     config, overrides, scale = folder / denoiser / "config.json", folder / "sdworker.json", vae_scale(folder, family)
-    own = read_json(overrides) if overrides.exists() else {}
+    defaults = read_json(overrides) if overrides.exists() else {}
     side = (read_entry(config, "sample_size", int) * scale if "sample_size" in read_json(config) else
-            own.get("side", family.side))
+            defaults.get("side", family.side))
     return ModelInfo(name or folder.name, folder, pipeline, denoiser, family, side, math.lcm(8, scale * family.patch),
-                     own.get("steps", family.steps), own.get("guidance", family.guidance))
+                     defaults.get("steps", family.steps), defaults.get("guidance", family.guidance))
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4ab3626b
 def fit(

@@ -34,17 +34,17 @@ class _Weights(BaseSettings):
     volume: str = Field("/runpod-volume", min_length=1, description=(
         "Where RunPod mounts its cached models and network volumes"))
     offline: bool = Field(False, description="Never contact the hub; fail if the model is not on this machine")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run; `auto` is `cuda` if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run; `auto`: `cuda` if a GPU exists")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description=(
-        "Number format of the weights; `auto` is the model's own on `cuda`, `float32` on `cpu`"))
+        "Number format of the weights; `auto`: that of the model's family on `cuda`, `float32` on `cpu`"))
 
 # %% ../../nbs/0_core/01_settings.ipynb #c6b5aa3f
 class _Log(_Weights):
     "What the log holds."
     log: Literal["text", "json"] = Field("text", description=(
         "Format of log lines: text for people, or JSON objects with each job's times and the GPU's state"))
-    log_every: int = Field(100, ge=0, le=1_000_000, description="Jobs after which a log line sums them up; 0: never")
+    log_every: int = Field(100, ge=0, le=1_000_000, description="Log a summary after this many jobs; 0: never")
     log_prompts: bool = Field(False, description="Write prompts into the log")
 
 # %% ../../nbs/0_core/01_settings.ipynb #5b2053b1
@@ -69,21 +69,24 @@ class _Drawing(_Log):
         "Which engine draws: `aot`, compiled ahead of time, or `diffusers`; `auto`: an AOT package that fits, and "
         "diffusers for the rest"))
     aot_dir: str = Field("", description=(
-        "Folder of AOT packages, beside that on the volume; empty: in the user's cache"))
+        "Folder of AOT packages; `sdworker/aot` on the volume is searched too; empty: a folder in the user's cache"))
     attention: Literal["sdpa", "xformers", "sliced", "xformers+sliced"] = Field(
-        "sdpa", description="Attention of the diffusers engine; `sdpa` is PyTorch's own, and what compiled code has")
+        "sdpa", description=(
+        "Attention of the diffusers engine; `sdpa` is PyTorch's own; code compiled ahead of time has no other"))
     vae_decode: Literal["full", "sliced", "tiled"] = Field(
-        "full", description="Decode the images of a call at once, one by one, or also tile by tile")
+        "full", description=(
+        "Decode the images of a call at once (`full`), one by one (`sliced`), or one by one in tiles (`tiled`)"))
     offload: Literal["none", "model", "sequential"] = Field("none", description=(
-        "Keep weights in the machine's memory, and copy a component or a layer at a time to the GPU"))
+        "Keep weights in the machine's memory, and copy to the GPU a component (`model`) or a layer (`sequential`) "
+        "at a time"))
     channels_last: bool = Field(False, description="Store convolution weights of the diffusers engine channels last")
     compile: Literal["off", "cuda-graph", "reduce-overhead", "regional", "cached"] = Field("off", description=(
-        "Before the first job, with lazy loading within it, record the denoiser as a CUDA graph or compile it: "
-        "`reduce-overhead` the whole, `regional` one block for all, `cached` the same from a folder filled by "
-        "`bake --compile-cache`"))
+        "What to do with the denoiser after loading: `cuda-graph` records it as a CUDA graph; `reduce-overhead` "
+        "compiles all of it; `regional` compiles each kind of block once; `cached` is `regional` with code that "
+        "`bake --compile-cache` has compiled"))
     lora_scale: float = Field(1.0, ge=0, le=2, description="How strongly the LoRAs among the add-ons are added")
     step_cache: int = Field(1, ge=1, le=10, description=(
-        "Denoising steps of which one is computed in full, and the others reuse its deep layers; 1: all are"))
+        "Value k: compute every k-th denoising step in full, and reuse its results in between; 1: no reuse"))
     quantize: str = Field("off", description=(
         "Weights in fewer bits: `int8`, `fp8` or `nf4` for the denoiser, or by component, such as "
         "`denoiser=nf4,text_encoder_2=int8`"))
@@ -108,9 +111,11 @@ class Settings(_Drawing):
     profile: Literal["fast", "guide", "lowmem"] = Field(
         "fast", description="Which set of defaults the other settings have")
     few_step: Literal["auto", "none", "turbo", "lightning", "hyper", "lcm", "schnell"] = Field(
-        "auto", description="Steps, guidance and spacing of a few-step model; `auto` goes by the model's name")
+        "auto", description="Steps, guidance and sampler of a few-step model; `auto` goes by the model's name")
     load: Literal["background", "lazy", "eager"] = Field(
-        "background", description="Load the model while the SDK starts, at the first request, or before the SDK starts")
+        "background", description=(
+        "Load the model while the SDK starts (`background`), at the first request (`lazy`), or before the SDK starts "
+        "(`eager`)"))
     lean: bool = Field(True, description=(
         "Import without torch's compiler and other parts that a start does not use; stubs take their place"))
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")

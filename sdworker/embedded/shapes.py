@@ -182,17 +182,17 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return (labels == counts.argmax()) & mask, sizes
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #e1f62fde
-STRAY = 20  # largest size, in pixels, of a piece that belongs to neither shape nor background
+STRAY = 20  # pixels of other colours in one piece, or of the shape's colour outside the shape, that are tolerated
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    "Background colour, shape colour, and each pixel's share of the shape colour; None if there are other colours."
+    "Background colour, shape colour, and each pixel's share of the shape colour; None if one of them is unclear."
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     back = np.median(frame, axis=0)
     if (np.linalg.norm(frame - back, axis=1) > 60).mean() > 0.1:  # the frame has several colours
         return None
     distance = np.linalg.norm(pixels - back, axis=-1)
-    inside = distance > max(40.0, 0.7 * np.percentile(distance, 98))
+    inside = distance > max(40.0, 0.7 * np.percentile(distance, 98))  # the pixels that differ most
     if inside.sum() < 60:  # pixels: too few for any shape
         return None
     front = np.median(pixels[inside], axis=0)
@@ -228,7 +228,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #af193104
 OVERLAP, MARGIN = 0.8, 0.07  # minimum overlap with the best outline, and minimum lead over the next one
-OFF = 4  # pixels away from the outline's edge that may be covered wrongly
+OFF = 4  # how many pixels may be covered wrongly, not counting the outline's edge
 
 def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     "Size and shape of the outline that overlaps best."
@@ -287,7 +287,7 @@ def pairs(
 # %% ../../nbs/7_embedded/01_shapes.ipynb #c074ff75
 def adherence(
     drawn: Iterable[tuple[str, Image.Image]],  # prompt and picture of each; prompts that name all four attributes
-) -> dict[str, float]:  # share of right pictures, 0 to 1: by attribute, and in "all" of them
+) -> dict[str, float]:  # share of right pictures, 0 to 1, by attribute; "all": right in every attribute
     "How often pictures match their prompts. Raises `ValueError` without pictures, or if a prompt is incomplete."
     verdicts = [judge(image, prompt) for prompt, image in drawn]
     if not verdicts or any(len(verdict) < len(ATTRIBUTES) for verdict in verdicts):

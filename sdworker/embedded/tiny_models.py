@@ -45,32 +45,33 @@ def _t5(width: int = 16) -> dict[str, Any]:
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2))}
 
 # %% ../../nbs/7_embedded/03_tiny_models.ipynb #ef54afd6
-_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-          "<|video_pad|>")
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                   "<|image_pad|>", "<|video_pad|>")
 _CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-def _bytes() -> "PreTrainedTokenizerBase":
-    "Qwen's tokenizer, for bytes."
+def _byte_tokenizer() -> "PreTrainedTokenizerBase":
+    "Qwen's tokenizer, with a vocabulary of bytes."
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    vocabulary = {token: place for place, token in enumerate([*sorted(ByteLevel.alphabet()), *_MARKS])}
-    tokenizer = Qwen2Tokenizer(vocabulary, [], additional_special_tokens=list(_MARKS[1:]), model_max_length=512)
+    vocabulary = {token: k for k, token in enumerate([*sorted(ByteLevel.alphabet()), *_SPECIAL_TOKENS])}
+    tokenizer = Qwen2Tokenizer(vocabulary, [], additional_special_tokens=list(_SPECIAL_TOKENS[1:]),
+                               model_max_length=512)
     tokenizer.chat_template = _CHAT
     return tokenizer
 
 def _qwen3() -> dict[str, Any]:
     from transformers import Qwen3Config, Qwen3Model
 
-    tokenizer = _bytes()
+    tokenizer = _byte_tokenizer()
     return {"tokenizer": tokenizer, "text_encoder": Qwen3Model(Qwen3Config(
         **_SMALL, vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8))}
 
 def _qwen_vl() -> dict[str, Any]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer = _bytes()
+    tokenizer = _byte_tokenizer()
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in (
         ("image_token", "image_pad"), ("video_token", "video_pad"), ("vision_start_token", "vision_start"),
         ("vision_end_token", "vision_end"))}
@@ -113,9 +114,9 @@ def _lcm() -> dict[str, Any]:
 def _sd3() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    one, two, three = _clip(projected=True), _clip(projected=True), _t5(32)  # as wide as both CLIPs
-    return {**one, "text_encoder_2": two["text_encoder"], "tokenizer_2": two["tokenizer"], "vae": _flow_vae(16),
-            "text_encoder_3": three["text_encoder"], "tokenizer_3": three["tokenizer"],
+    clip, clip_2, t5 = _clip(projected=True), _clip(projected=True), _t5(32)  # T5 is as wide as both CLIPs together
+    return {**clip, "text_encoder_2": clip_2["text_encoder"], "tokenizer_2": clip_2["tokenizer"],
+            "text_encoder_3": t5["text_encoder"], "tokenizer_3": t5["tokenizer"], "vae": _flow_vae(16),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": SD3Transformer2DModel(
                 sample_size=32, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
                 joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=16,
@@ -128,8 +129,8 @@ _DIT = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "jo
 def _flux() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-    two = _t5()
-    return {**_clip(), "text_encoder_2": two["text_encoder"], "tokenizer_2": two["tokenizer"], "vae": _flow_vae(),
+    t5 = _t5()
+    return {**_clip(), "text_encoder_2": t5["text_encoder"], "tokenizer_2": t5["tokenizer"], "vae": _flow_vae(),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             "transformer": FluxTransformer2DModel(
                 **_DIT, num_single_layers=1, pooled_projection_dim=16, guidance_embeds=True)}
@@ -151,7 +152,7 @@ def _qwen() -> dict[str, Any]:
     return {**_qwen_vl(), "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(),
             "transformer": QwenImageTransformer2DModel(**_DIT, out_channels=4)}
 
-def _sigma() -> dict[str, Any]:
+def _pixart_sigma() -> dict[str, Any]:
     from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(
@@ -164,7 +165,7 @@ MINIATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _sd15, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux,
     "ZImagePipeline": _z_image, "QwenImagePipeline": _qwen, "QwenImageEditPipeline": _qwen,
     "QwenImageEditPlusPipeline": _qwen,
-    "PixArtSigmaPipeline": _sigma, "LatentConsistencyModelPipeline": _lcm,  # of no family in the table
+    "PixArtSigmaPipeline": _pixart_sigma, "LatentConsistencyModelPipeline": _lcm,  # not in `FAMILIES`
 }
 _PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,
               "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

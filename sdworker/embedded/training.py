@@ -111,12 +111,12 @@ def train_vae(
 ) -> AutoencoderKL:  # in eval mode, with `scaling_factor` set
     "Train the VAE on freshly drawn pictures of the scenes that are not held out."
     torch.manual_seed(plan.seed)
-    rng, world = random.Random(plan.seed), [s for s in scenes() if not held_out(s)]
+    rng, training_scenes = random.Random(plan.seed), [s for s in scenes() if not held_out(s)]
     vae = make_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=plan.vae_steps, pct_start=0.1)
     for step in range(plan.vae_steps):
-        x = _pixels([draw(rng.choice(world), rng.randrange(2**31)) for _ in range(plan.vae_batch)])
+        x = _pixels([draw(rng.choice(training_scenes), rng.randrange(2**31)) for _ in range(plan.vae_batch)])
         if step < plan.vae_steps * 6 // 7:
             top, left = (rng.randrange(0, SIDE // 2 + 1, 4) for _ in range(2))
             x = x[:, :, top:top + SIDE // 2, left:left + SIDE // 2]  # a random quarter
@@ -129,7 +129,8 @@ def train_vae(
             log(f"vae {step + 1}/{plan.vae_steps}: squared error {error.item():.4f}")
     vae.eval()
     with torch.no_grad():
-        spread = vae.encode(_pixels([draw(s, k) for k, s in enumerate(world[::5])])).latent_dist.mean.std()
+        pixels = _pixels([draw(scene, k) for k, scene in enumerate(training_scenes[::5])])
+        spread = vae.encode(pixels).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
     return vae
 
@@ -183,20 +184,21 @@ def velocity_loss(
     latents: torch.Tensor,  # (n, 4, 16, 16), unit variance
     prompts: list[str],  # n
 ) -> torch.Tensor:  # a scalar
-    "Squared error of the velocity, weighted over noise levels."
+    "Squared error of the velocity at random noise levels, with less weight at low noise."
     n = len(prompts)
     hidden, pooled = encode_text(bundle.encoders, tokenizer, prompts)
-    keep = (torch.rand(n) > 0.1).float()
-    wrong = (torch.rand(n, 1) < 0.15).float()
+    keep = (torch.rand(n) > 0.1).float()  # 0: the prompt is dropped
+    wrong = (torch.rand(n, 1) < 0.15).float()  # 1: the denoiser gets a wrong size
     size = wrong * 8 * torch.randint(4, 17, (n, 2)) + (1 - wrong) * SIDE
-    sizes = torch.cat([size, torch.zeros(n, 2), size], dim=1)
-    alpha = scheduler.alphas_cumprod[t := torch.randint(0, 1000, (n,))].view(n, 1, 1, 1)
+    sizes = torch.cat([size, torch.zeros(n, 2), size], dim=1)  # original size, crop, target size
+    t = torch.randint(0, 1000, (n,))
+    alpha = scheduler.alphas_cumprod[t].view(n, 1, 1, 1)
     noise = torch.randn_like(latents)
     prediction = bundle.denoiser(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, hidden * keep.view(n, 1, 1),
                                  added_cond_kwargs={"text_embeds": pooled * keep.view(n, 1), "time_ids": sizes}).sample
     error = (prediction - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents).square().mean(dim=(1, 2, 3))
     signal_to_noise = (alpha / (1 - alpha)).flatten()
-    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()  # less weight at low noise
+    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()
 
 # %% ../../nbs/7_embedded/02_training.ipynb #0d6f03c7
 def make_scheduler() -> EulerDiscreteScheduler:  # with v-prediction
@@ -244,12 +246,12 @@ def encoded_pictures(
 ) -> tuple[torch.Tensor, list]:  # latents (n, 4, 16, 16) of unit variance, and the scene of each
     "Draw and encode the training pictures of stage two, without held-out scenes."
     rng = random.Random(seed + 1)
-    world = [scene for scene in scenes() if not held_out(scene)]
-    shown = [rng.choice(world) for _ in range(n)]
+    training_scenes = [scene for scene in scenes() if not held_out(scene)]
+    drawn_scenes = [rng.choice(training_scenes) for _ in range(n)]
     with torch.no_grad():
-        latents = [vae.encode(_pixels([draw(s, rng.randrange(2**31)) for s in shown[k:k + 64]])).latent_dist.mean
+        latents = [vae.encode(_pixels([draw(s, rng.randrange(2**31)) for s in drawn_scenes[k:k + 64]])).latent_dist.mean
                    for k in range(0, n, 64)]
-    return torch.cat(latents) * vae.config.scaling_factor, shown
+    return torch.cat(latents) * vae.config.scaling_factor, drawn_scenes
 
 # %% ../../nbs/7_embedded/02_training.ipynb #551f2d1e
 def _running_average(average: torch.Tensor, value: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -260,12 +262,12 @@ def _running_average(average: torch.Tensor, value: torch.Tensor, count: torch.Te
 def train_denoiser(
     plan: Plan,  # steps, batch and seed
     vae: AutoencoderKL,  # trained
-    watch: Callable[[int, StableDiffusionXLPipeline], None],  # called with the step and the averaged weights' pipeline
+    watch: Callable[[int, StableDiffusionXLPipeline], None],  # gets the step and a pipeline of the averaged weights
 ) -> StableDiffusionXLPipeline:  # of the averaged weights
     "Train the denoiser and both text encoders together."
     torch.manual_seed(plan.seed)
     rng, tokenizer, scheduler = random.Random(plan.seed), make_tokenizer(), make_scheduler()
-    latents, shown = encoded_pictures(vae, plan.pictures, plan.seed)
+    latents, drawn_scenes = encoded_pictures(vae, plan.pictures, plan.seed)
     bundle = Bundle(tokenizer)
     average = AveragedModel(bundle, avg_fn=_running_average)
     pipe = assemble(vae, average.module.eval(), tokenizer)
@@ -274,7 +276,7 @@ def train_denoiser(
     with _progress() as progress:
         for step in progress.track(range(1, plan.steps + 1), description="denoiser"):
             batch = rng.sample(range(plan.pictures), plan.batch)
-            prompts = [training_prompt(shown[k], rng) for k in batch]
+            prompts = [training_prompt(drawn_scenes[k], rng) for k in batch]
             loss = velocity_loss(bundle, tokenizer, scheduler, latents[batch], prompts)
             _descend(loss, bundle.parameters(), optimizer, schedule)
             average.update_parameters(bundle)

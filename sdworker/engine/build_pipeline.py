@@ -27,7 +27,7 @@ def defaults(
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #c7386840
 def build_pipeline(
-    settings: Settings,  # all that switch something in the pipeline
+    settings: Settings,  # those of the pipeline are read
     model: ModelInfo,  # the model's folder, family and defaults
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
@@ -67,7 +67,7 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
     "The setting that excludes compiled code of the denoiser; empty: none."
     if settings.step_cache > 1 or quantized:
         return "SDWORKER_STEP_CACHE" if settings.step_cache > 1 else "SDWORKER_QUANTIZE"
-    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):  # no such code in it
+    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):  # not in the cache
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
 

@@ -55,7 +55,7 @@ def load_pipeline(
     device: str = "cpu",  # "cpu" or "cuda"
     dtype: str = "float32",  # "float32", "float16" or "bfloat16"
     weights: Mapping[str, torch.Tensor] | None = None,  # on the device, by names such as "unet.conv_in.weight"
-    quantization: "PipelineQuantizationConfig | None" = None,  # as from `quantize.quantization`
+    quantization: "PipelineQuantizationConfig | None" = None,  # as from `quantize.quantization`; None: off
 ) -> "DiffusionPipeline":  # on the device, its progress bar off
     "Load a diffusers pipeline from safetensors straight onto the device, or raise `ModelError`."
     import diffusers
@@ -69,11 +69,11 @@ def load_pipeline(
     has_fp16 = any(".fp16" in path.name for path in weight_files(model.folder))
     index = read_json(model.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
-    takes = signature(getattr(diffusers, model.pipeline, dict).__init__).parameters
-    extra |= {name: value for name, value in model.family.load.items() if name in takes}
+    accepted = signature(getattr(diffusers, model.pipeline, dict).__init__).parameters
+    extra |= {name: value for name, value in model.family.load.items() if name in accepted}
     extra |= {"quantization_config": quantization} if quantization else {}
     try:
-        built = _on_weights(model, weights) if weights else {}
+        built = _shared_components(model, weights) if weights else {}
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             model.folder, dtype=getattr(torch, dtype), variant="fp16" if has_fp16 else None,
             use_safetensors=True, local_files_only=True, device_map=device, **extra, **built)
@@ -82,13 +82,13 @@ def load_pipeline(
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # pipelines without `upcast_vae` call their VAE in half precision
     for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
-        _assign(getattr(pipe, name), _of(name, weights))
+        _assign(getattr(pipe, name), _weights_of(name, weights))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #7b8c9642
-def _of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "A component's part of all weights, by its own names."
+def _weights_of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The weights of one component, by their names in that component."
     return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 def bare_components(
@@ -100,18 +100,19 @@ def bare_components(
 
     modules = {}
     for name, class_name in components(model.folder):
-        cls, folder = getattr(diffusers, class_name, None) or getattr(transformers, class_name), model.folder / name
+        cls = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+        folder = model.folder / name
         if issubclass(cls, torch.nn.Module):
             with torch.device("meta"):
                 modules[name] = (cls(cls.config_class.from_pretrained(folder)) if hasattr(cls, "config_class") else
                                  cls.from_config(cls.load_config(folder)))
     return modules
 
-def _on_weights(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
+def _shared_components(model: ModelInfo, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
     "The components of which all tensors have been loaded, made with these tensors."
     modules = {}
     for name, module in bare_components(model).items():
-        if tensors := _of(name, weights):
+        if tensors := _weights_of(name, weights):
             if {*module.state_dict(), *dict(module.named_buffers())} <= tensors.keys():
                 _assign(module, tensors)
                 modules[name] = module.requires_grad_(False).eval()

@@ -24,11 +24,11 @@ def preset_of(
     setting: str = "auto",  # as in SDWORKER_FEW_STEP
 ) -> Preset | None:  # None: the model is no few-step model, or the family has no such preset
     "The few-step preset of a setting; \"auto\" is the preset whose name is part of the model's name."
-    known = model.family.few
+    presets = model.family.few
     if setting == "auto":
         model_name = model.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
-        return next((preset for name, preset in known.items() if name in model_name), None)
-    return known.get(setting)
+        return next((preset for name, preset in presets.items() if name in model_name), None)
+    return presets.get(setting)
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #185e73f5
 def with_preset(

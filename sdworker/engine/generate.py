@@ -51,7 +51,7 @@ class BatchSizes:
         params: SamplingParams,  # of the batch that did not fit
         images: int,  # in that batch
     ) -> None:
-        "Remember a batch that did not fit, unless that follows from what is known."
+        "Remember a batch that did not fit, unless this follows from earlier failures."
         if (known := self.smallest_failed(params)) is not None and known <= images:
             return
         sizes, pixels = self.failed.setdefault(self._kind(params), {}), params.width * params.height
@@ -76,7 +76,7 @@ def in_batches(
     batch_sizes: BatchSizes,  # of this engine; a batch that does not fit is added
 ) -> list[str]:  # for the answer's "warnings"
     "Draw images in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
-    done, failed, paid = 0, batch_sizes.smallest_failed(params), False
+    done, failed, failed_now = 0, batch_sizes.smallest_failed(params), False
     limited = failed is not None and min(max_batch, len(specs)) >= failed
     while batch := specs[done:done + (_half(failed) if limited else max_batch)]:
         try:
@@ -91,9 +91,9 @@ def in_batches(
         if len(batch) == 1:
             raise OutOfMemory("not even one image of this size fits into memory; ask for fewer pixels, or see "
                               "SDWORKER_PROFILE=lowmem.")
-        limited, failed, paid = True, len(batch), True
+        limited, failed, failed_now = True, len(batch), True
         batch_sizes.add(params, failed)
-    advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if paid else ""
+    advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if failed_now else ""
     return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time"
             f"{advice}."] if limited else []
 

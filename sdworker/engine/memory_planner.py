@@ -90,11 +90,11 @@ class CallShape:
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #e69b8802
 Blank = Callable[..., torch.Tensor]  # makes a tensor of the given sizes, without data
 
-# The arguments of one call of each class of denoiser; n is its batch, doubled for guidance if need be.
+# The arguments of one call of each class of denoiser; n: the images in the call, twice the batch if guidance needs it.
 def _unet(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
     added = None
     if config.addition_embed_type == "text_time":
-        # the rest is the embeddings of six numbers, for size and crop
+        # this layer's input is the pooled text and the embeddings of six numbers, for size and crop
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"time_ids": blank(n, 6), "text_embeds": blank(n, pooled)}
     return {"sample": blank(n, config.in_channels, shape.rows, shape.columns), "timestep": blank(n),

@@ -195,7 +195,7 @@ class FamilyEngine(DiffusersEngine):
         return self, self.warnings
 
     def encode(self, specs, params):
-        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # last: its hooks on shared parts stay
+        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # last: shared parts keep its hooks
             pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
         return super().encode(specs, params) if self._staged(params) else {}
 
@@ -246,5 +246,5 @@ class QwenVLProcessor:
         marked = []
         for one, count in zip(text, patches, strict=True):
             before, _, after = one.partition(self.MARK)
-            marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # the client's own marks
+            marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # marks in the client's text
         return BatchFeature({**self.tokenizer(marked, padding=padding, return_tensors=return_tensors), **features})

@@ -71,5 +71,5 @@ def use_step_cache(
     else:
         log.warning("step cache not used: there is none for %s", type(denoiser).__name__)
         return f"SDWORKER_STEP_CACHE is {every}, which is not used: there is none for {type(denoiser).__name__}."
-    log.info("step cache: every %d. step in full, after the first ones", every)
+    log.info("step cache: computed in full every %d steps, after the first ones", every)
     return ""

@@ -155,7 +155,7 @@ def compile_denoiser(
         code = torch.compile(denoiser.forward, mode=mode, fullgraph=True)
         denoiser.forward = lambda *inputs, **kwargs: tree_map_only(torch.Tensor, torch.clone, code(*inputs, **kwargs))
         return
-    if not denoiser._repeated_blocks:  # as in SD 3.5's: take the blocks of its longest list
+    if not denoiser._repeated_blocks:  # as in SD 3.5's denoiser: take the blocks of its longest list
         lists = [part for part in denoiser.children() if isinstance(part, torch.nn.ModuleList)]
         denoiser._repeated_blocks = [type(max(lists, key=len)[0]).__name__]
     denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True)
@@ -251,9 +251,11 @@ def _abandoned(path: Path) -> bool:
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #b17d2faa
 def _warmup_inputs(model: ModelInfo, mode: str) -> list[tuple[str, int]]:
     "Prompts and heights in pixels. Blocks get a second pair, so that the compiler takes neither length for a constant."
-    flat = max(1, round(0.75 * model.side / model.multiple)) * model.multiple
-    return [("", model.side)] + [("a large red star on a blue background " * 4, flat)] * (mode in ("regional",
-                                                                                                   "cached"))
+    inputs = [("", model.side)]
+    if mode in ("regional", "cached"):
+        second_height = max(1, round(0.75 * model.side / model.multiple)) * model.multiple
+        inputs.append(("a large red star on a blue background " * 4, second_height))
+    return inputs
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #972c7978
 def _draw(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ def _prompts(value: Any) -> list[str]:
 def valid_unicode(
     text: str | None,  # None is valid too
 ) -> str | None:  # `text`
-    "Return a text unchanged; raises `ValueError` if JSON's escapes spell half a character, which no tokenizer takes."
+    "Return a text unchanged; raises `ValueError` for half of a surrogate pair, which no tokenizer takes."
     if text and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("should be valid Unicode; it holds half of a surrogate pair")
     return text
@@ -70,7 +70,7 @@ class Request(BaseModel):
     image: Image.Image | None = None  # RGB; to begin from, or to edit
     mask_image: Image.Image | None = None  # of the size of `image`; its white part is drawn anew
     strength: float | None = Field(None, gt=0, le=1)  # share of the noise that `image` gets; None: 0.6, with a mask 1
-    refiner_start: float | None = Field(None, gt=0, le=1)  # share of the noise after which a refiner draws; None: 0.8
+    refiner_start: float | None = Field(None, gt=0, le=1)  # share of the noise before a refiner draws; None: 0.8 or 1
 
     @property
     def noise_share(self) -> float:
@@ -140,7 +140,7 @@ def prepare(
     request: Request,  # checked; None and left-out fields are filled in here
     model: ModelInfo,  # that will draw
 ) -> tuple[SamplingParams, list[ImageSpec]]:  # the images of the first prompt, then of the second, ...
-    "Fill in the model's defaults; raises `ValueError` if there is not a seed for each image."
+    "Make sampling parameters and image specs from a request; raises `ValueError` for a wrong number of seeds."
     image = request.image
     if model.family.edits and not image:  # in a warm-up; a job without a picture is refused earlier
         image = Image.new("RGB", (model.side, model.side), "grey")
@@ -148,7 +148,7 @@ def prepare(
     params = SamplingParams(
         width=request.width or width, height=request.height or height, steps=request.steps or model.steps,
         guidance=model.guidance if request.guidance is None else request.guidance,
-        sampler=STAND_INS.get(request.sampler, request.sampler) or "",  # such as euler, used for lms
+        sampler=STAND_INS.get(request.sampler, request.sampler) or "",  # such as euler in place of lms
         guidance_stop=1.0 if request.guidance_stop is None else request.guidance_stop,
         mode="inpaint" if request.mask_image else "img2img" if image else "txt2img",
         strength=request.noise_share, refiner_start=request.refiner_start)

@@ -55,8 +55,7 @@ import json, sys
 from pathlib import Path
 from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.engine.generate import generate
-from sdworker.lab.quality import Switch
-from sdworker.lab.quality import engine_with
+from sdworker.lab.quality import Switch, engine_with
 
 switch = Switch(*json.loads(sys.argv[1]))
 engine = engine_with(switch, read_model_info(EMBEDDED, "embedded"))
@@ -104,8 +103,8 @@ def timings(
             engine, arguments = engines[name]
             drawn[name].append(generate(engine, PROMPT, seed=1, n=n, max_batch=n, **arguments))
         took = compare(partial(draw, "ours"), partial(draw, "theirs"), repeat, warmup=0)
-        rows[str(n)] = next(filter(None, (
-            halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn)), None) or (
+        too_large = [halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn]
+        rows[str(n)] = next(filter(None, too_large), None) or (
             took | {"stages": {name: _stages(each) for name, each in drawn.items()}})
     return rows
 
@@ -215,7 +214,8 @@ def same_kind(
 ) -> bool:  # the size of the memory may differ
     "Whether figures of two machines may be in one record."
     names = ["gpu", "torch", "diffusers", "transformers", "system"]
-    return all(one.get(name) == other.get(name) for name in names + ["processor", "cores"] * (not one.get("gpu")))
+    names += [] if one.get("gpu") else ["processor", "cores"]
+    return all(one.get(name) == other.get(name) for name in names)
 
 def _state(part: Path) -> dict[str, Any]:
     "The results of earlier calls, if they were made on the same kind of machine."
@@ -485,7 +485,7 @@ def _roofline(bed: _Bed) -> dict[str, float]:
 _FLUX_TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
               "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
 
-def _flux(device: str, tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dict[str, torch.Tensor]]]:
+def _flux(tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dict[str, torch.Tensor]]]:
     "A denoiser of FLUX.1's shapes on `meta`, and its inputs for a picture of 1024x1024, by device."
     from diffusers import FluxTransformer2DModel
 
@@ -504,7 +504,7 @@ def _flux(device: str, tiny: bool) -> tuple[torch.nn.Module, Callable[[str], dic
 
 # %% ../../nbs/8_lab/05_bench.ipynb #268eae8e
 def _layers_that_fit(model: torch.nn.Module, peak: float, room: float) -> int:
-    "How many double blocks, each with its share of single blocks, fit into `room - peak` bytes; `peak` is a call's."
+    "How many double blocks, each with its share of single blocks, fit into `room` bytes with a call's `peak`."
     double, single = model.transformer_blocks, model.single_transformer_blocks
     layer = bytes_of(double[0]) + len(single) // len(double) * bytes_of(single[0])
     rest = bytes_of(model) - len(double) * layer
@@ -534,7 +534,7 @@ def _backends(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], turns:
 
 def _transformer(device: str, tiny: bool, turns: int) -> dict[str, Any]:
     "One call of a transformer: operations, rate, and the time of each attention backend."
-    model, inputs = _flux(device, tiny)
+    model, inputs = _flux(tiny)
     layers, free = len(model.transformer_blocks), torch.cuda.mem_get_info()[0] if device == "cuda" else float("inf")
     fitting = _layers_that_fit(model, peak_bytes(lambda: model(**inputs("meta"))), free - SPARE)
     if not fitting:
@@ -615,9 +615,9 @@ def again(
     measured = run(rows, _part(path, again=True), on_progress=on_progress)
     if measured is None:
         return None
-    record, of = json.loads(path.read_text(encoding="utf-8")), {
-        "date": date.today().isoformat(), "machine": machine(), "plain": measured.pop("plain")}
-    rows = record["rows"] | {name: one | {"of": of} for name, one in measured.items()}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    origin = {"date": date.today().isoformat(), "machine": machine(), "plain": measured.pop("plain")}
+    rows = record["rows"] | {name: one | {"of": origin} for name, one in measured.items()}
     record["rows"] = {name: rows[name] for name in suite if name in rows}
     write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     return record

@@ -179,7 +179,7 @@ if sys.argv[2]:
     generate(aot_engine, "a star", width=side, height=side, steps=1)
 diffusers_engine = DiffusersEngine(model, weights=aot_engine and aot_engine.weights)
 generate(diffusers_engine, "a star", width=side, height=side, steps=1)
-print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)  # resident pages, in bytes
 """
 
 def _resident(
@@ -289,12 +289,12 @@ def against_diffusers(
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #67b85848
 def main(
-    tiny: Annotated[bool, typer.Option("--tiny", help="Only the model with random weights, in small.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Only the model with random weights, small images.")] = False,
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, help="Starts of each worker.")] = 7,
     record: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results"),
     scratch: Annotated[Path, typer.Option(help="Folder on a disk with 1 GB free.")] = Path("out"),
 ):
-    "Compare AOT package, pipeline and usual worker, and record the result. Half an hour on two cores."
+    "Compare the AOT engine, the diffusers engine and the usual worker; record the result. Half an hour on two cores."
     from rich.progress import Progress
 
     scratch.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ def _embedded(scratch: Path, repeat: int, on_progress: Callable[[int, int, str],
     on_progress(0, 1, "baking")
     bake = baked("embedded", scratch / "aot")
     folder, report = Path(bake.pop("folder")), {"bake": bake}
-    done = iter(range(1, 4 * repeat))
+    done = iter(range(1, 3 * repeat + 4))  # with a warm cache there is one round more, of three starts
     report["starts"] = starts("embedded", folder.parent, repeat, 64,
                               on_start=lambda: on_progress(next(done), 3 * repeat, "starting workers"))
     from sdworker.aot.engine import AotEngine

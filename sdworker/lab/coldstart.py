@@ -113,7 +113,7 @@ def start_once(
     if "output" not in answer:
         ended = f"no answer in {limit:g} s" if worker_run.code is None else f"it ended with code {worker_run.code}"
         last = "\n".join(worker_run.log.strip().splitlines()[-5:])
-        raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last words: {last}'}")
+        raise ChildProcessError(f"the worker drew nothing: {answer.get('error') or f'{ended}, its last lines: {last}'}")
     return {"seconds": worker_run.answered_at["first"], "taken": worker_run.taken_at["first"],
             "output": answer["output"]}
 

@@ -148,8 +148,9 @@ def _page(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         files = _files(outcome)
         cells = zip(files, outcome.prompts, outcome.seeds, verdicts(outcome), strict=True) if files else []
-        rows += [f'<figure><img src="{html.escape(f)}" alt="{html.escape(p)}"><figcaption>{html.escape(p)}<br>'
-                 f"seed {s}, {v}</figcaption></figure>" for f, p, s, v in cells]
+        rows += [f'<figure><img src="{html.escape(file)}" alt="{html.escape(prompt)}"><figcaption>'
+                 f"{html.escape(prompt)}<br>seed {seed}, {verdict}</figcaption></figure>"
+                 for file, prompt, seed, verdict in cells]
         if not files:
             rows.append(f"<figure><p>{html.escape(str(REQUESTS[outcome.name]))}</p>"
                         f"<figcaption>{html.escape(outcome.error)}</figcaption></figure>")
@@ -210,11 +211,11 @@ def demo(
     console.print(table(outcomes))
     by_name = {outcome.name: outcome for outcome in outcomes}
     first, again = ([image.tobytes() for image in by_name[name].images] for name in ("one picture", "a seed again"))
-    done = [good(outcome) for outcome in outcomes]
-    console.print(f"{sum(done)} of {len(done)} requests as they should be; "
+    correct = [good(outcome) for outcome in outcomes]
+    console.print(f"{sum(correct)} of {len(correct)} requests as they should be; "
                   f"the repeated seed gave {'the same' if first == again else 'ANOTHER'} picture.")
     console.print(f"Look at {folder}/index.html")
-    return all(done) and first == again and bool(first)
+    return all(correct) and first == again and bool(first)  # two answers without pictures would be equal
 
 # %% ../../nbs/8_lab/15_demo.ipynb #93ffdadb
 def main(

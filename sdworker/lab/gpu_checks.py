@@ -40,7 +40,7 @@ from sdworker.lab.gpu_report import (
 def verdict(
     part: Mapping[str, Any],  # of a record
 ) -> str:  # "passed", "failed", "measured" (there is nothing to pass) or "left out", with the reason if it did not pass
-    "What came of a check, in a few words."
+    "The outcome of a check, in a few words."
     if "result" not in part:
         return f"failed: {part['error'][:160]}" if "error" in part else f"left out: {part['left_out']}"
     result = part["result"] if isinstance(part["result"], dict) else {}
@@ -56,8 +56,9 @@ def checks_table(
         return "Not measured: this worker has not run on a GPU yet."
     record = read_json(path)
     rows = [f"| {name} | {part.get('seconds', 0):.0f} | {verdict(part)} |" for name, part in record["parts"].items()]
-    on = f"{record['gpu']['name']}, torch {record['gpu']['torch']}, {record['date']}"
-    return "\n".join([f"On {on}{' (a dry run in small)' * record['dry']}:", "", "| check | seconds | verdict |",
+    dry = " (a dry run in small)" if record["dry"] else ""
+    on = f"{record['gpu']['name']}, torch {record['gpu']['torch']}, {record['date']}{dry}"
+    return "\n".join([f"On {on}:", "", "| check | seconds | verdict |",
                       "|---|---|---|", *rows])
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00012
@@ -82,8 +83,8 @@ def rates(
     setup: Setup,  # dry: small matrices and copies
 ) -> dict[str, Any]:  # "matmul" (operations a second) from `matmul_rates`, "copy" (bytes a second) from `copy_rates`
     "The highest rates of matrix products and of copies that the device reaches."
-    small = (64, 2) if setup.dry else ()
-    return {"matmul": matmul_rates(setup.device, *small), "copy": copy_rates(setup.device, *(2**20, 2) * setup.dry)}
+    matrices, copies = ({"side": 64, "turns": 2}, {"size": 2**20, "turns": 2}) if setup.dry else ({}, {})
+    return {"matmul": matmul_rates(setup.device, **matrices), "copy": copy_rates(setup.device, **copies)}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00015
 FORMATS = ("float16", "bfloat16", "float32")
@@ -105,6 +106,7 @@ def embedded_engine(
     return build_pipeline(defaults(), read_model_info(EMBEDDED, "embedded"), device, dtype)
 
 def _pairs(setup: Setup, n: int) -> list[tuple[str, int]]:
+    "Prompts and seeds that were not used to choose weights; dry: three."
     from sdworker.embedded.shapes import pairs
 
     return pairs("gate 2", 3 if setup.dry else n)
@@ -118,7 +120,7 @@ def pictures(
     from sdworker.lab.quality import MIN_RATES, draw_pairs
 
     engine = embedded_engine(setup.device, dtype)
-    drawn = list(draw_pairs(engine, _pairs(setup, 200), 10))
+    drawn = list(draw_pairs(engine, _pairs(setup, 200), batch=10))
     contact_sheet([image for _, image in drawn[:24]], zoom=2).save(setup.out / f"embedded-{dtype}.png")
     shares, parts = adherence(drawn), (engine.pipe.unet, engine.pipe.vae)
     return {"passed": all(shares[name] >= least for name, least in MIN_RATES.items()), "adherence": shares,
@@ -136,9 +138,9 @@ def against_processor(
     from sdworker.lab.quality import draw_pairs
 
     pairs, results = _pairs(setup, 20), {}
-    reference = [image for _, image in draw_pairs(embedded_engine("cpu", "float32"), pairs, 10)]
+    reference = [image for _, image in draw_pairs(embedded_engine("cpu", "float32"), pairs, batch=10)]
     for dtype in formats(setup):
-        images = [image for _, image in draw_pairs(embedded_engine(setup.device, dtype), pairs, 10)]
+        images = [image for _, image in draw_pairs(embedded_engine(setup.device, dtype), pairs, batch=10)]
         decibels = [min(psnr(*both), 99.0) for both in zip(images, reference, strict=True)]
         results[dtype] = {"worst": min(decibels), "median": statistics.median(decibels), "same scene": sum(
             check(ours) == check(theirs) for ours, theirs in zip(images, reference, strict=True)) / len(pairs)}
@@ -174,7 +176,7 @@ KERNELS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_na
 
 def attention(
     setup: Setup,  # dry: 64 tokens in place of 4096
-) -> dict[str, Any]:  # "passed"; "xformers" by format and "seconds" by kernel, or why it failed; "torch's choice"
+) -> dict[str, Any]:  # "passed"; "xformers" by format, "seconds" by kernel or why it failed; "torch's choice"
     "Whether xformers works in each format, the seconds of SDXL's largest attention by kernel, and torch's choice."
     import torch
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -193,9 +195,10 @@ def attention(
             seconds[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         dispatch_attention_fn(q, q, q, backend=AttentionBackendName("native"))
-    kinds = sorted(event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product"))
+    operators = sorted(event.key for event in profile.key_averages()
+                       if event.key.startswith("aten::_scaled_dot_product"))
     return {"passed": not isinstance(seconds["native"], str), "xformers": xformers, "seconds": seconds,
-            "torch's choice": kinds}
+            "torch's choice": operators}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00058
 DRAWING = ("text_encoder", "denoise", "decode")  # the stages in an answer's timings that draw
@@ -208,13 +211,13 @@ def worker(
     odd: bool = False,  # whether a last job of three images without guidance is added
     **environment: str,  # the worker's variables, besides the device
 ) -> dict[str, Any]:  # "passed", "errors" and "timings" by job, "first answer" and "beside drawing" (seconds), ...
-    "Start a worker on the real SDK, and report what became of its jobs and how long a job takes beside drawing."
+    "Start a worker on the real SDK; report the outcome of its jobs, and the time of a job that is not drawing."
     from sdworker.lab.queue_server import run_workers
 
     limit = min(limit, setup.seconds_left())
     payload = {"prompt": "a large red star on a blue background"} | ({"num_inference_steps": 2} if setup.dry else {})
     inputs = [payload | {"seed": k, "num_images": 1 + k % 2} for k in range(2 if setup.dry else jobs)]
-    inputs += [payload | {"num_images": 3, "guidance_scale": 1.0}] * odd
+    inputs += [payload | {"num_images": 3, "guidance_scale": 1.0}] if odd else []
     worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"],
                              [{"id": f"job-{k}", "input": one} for k, one in enumerate(inputs)],
                              {"SDWORKER_DEVICE": setup.device} | environment, limit)
@@ -237,12 +240,12 @@ def worker(
 def doctor(
     setup: Setup,  # dry: only the first variant
 ) -> dict[str, Any]:  # "passed"; by variant ("as it is", "batch of 64", "guide") a list of findings
-    "The doctor's findings that are not `pass`, in three variants of the settings. Raises `ChildProcessError`."
+    "The doctor's findings other than `pass`, with three sets of settings. Raises `ChildProcessError` without output."
     results, variants = {}, {"as it is": {}, "batch of 64": {"SDWORKER_MAX_BATCH": "64"},
                            "guide": {"SDWORKER_PROFILE": "guide"}}
-    for name, more in list(variants.items())[:1 if setup.dry else None]:
+    for name, environment in list(variants.items())[:1 if setup.dry else None]:
         ended = run_process([sys.executable, "-m", "sdworker.cli.main", "doctor", "--json"], 120,
-                            SDWORKER_DEVICE=setup.device, **more)
+                            SDWORKER_DEVICE=setup.device, **environment)
         if not ended.out:
             raise ChildProcessError(ended.reason())
         results[name] = [one for one in json.loads(ended.out)["findings"] if one["state"] != "pass"]
@@ -262,7 +265,7 @@ def needed(n):
     return torch.cuda.max_memory_allocated()
 if torch.cuda.is_available():
     two, eight = needed(2), needed(8)
-    room, results["needed"] = two + (eight - two) // 3, {"2": two, "8": eight}
+    room, results["needed"] = two + (eight - two) // 3, {"2": two, "8": eight}  # room for four
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if way == "fraction":
@@ -298,7 +301,7 @@ def full_memory(
 def compiled_engine(
     setup: Setup,  # its scratch folder gets the package
     limit: float = 400,  # seconds for compiling
-) -> dict[str, Any]:  # "passed", "worst" (dB), "compile" (seconds), "images" (`compare`'s, by batch), "files" (bytes)
+) -> dict[str, Any]:  # "passed", "worst" (dB), "compile" (seconds), "images" (times, by batch), "files" (bytes)
     "Compile the embedded model ahead of time and compare engines. Raises `ChildProcessError` or `ModelError`."
     from sdworker.aot.engine import AotEngine, find_aot_package
     from sdworker.core.timing import compare, psnr
@@ -343,13 +346,15 @@ print("opened")
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #89e4b5c9
 def _outcome(ended: Any) -> str:
-    "What became of a process that compiles and opens."
-    return "opened" if ended.out.endswith("opened\n") else f"{'not ' * (not ended.out)}compiled; {ended.reason()}"
+    "The outcome of a process that runs `OPEN`."
+    if ended.out.endswith("opened\n"):
+        return "opened"
+    return f"{'compiled' if ended.out else 'not compiled'}; {ended.reason()}"
 
 def open_compiled(
     setup: Setup,  # dry: only the first of `OPENINGS`
     limit: float = 120,  # seconds for each process; they run at the same time
-) -> dict[str, Any]:  # "passed"; what became of each of `OPENINGS`
+) -> dict[str, Any]:  # "passed"; the outcome of each of `OPENINGS`
     "Whether compiled code can be opened."
     with tempfile.TemporaryDirectory(dir=setup.scratch, prefix="openings-") as folder:
         def outcome(name: str) -> str:
@@ -365,17 +370,18 @@ def open_compiled(
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00042
 @functools.lru_cache(maxsize=1)
 def _plain(device: str, n: int) -> list[Any]:
+    "Prompts, and the plain pipeline's pictures of them."
     from sdworker.embedded.shapes import pairs
     from sdworker.lab.quality import draw_pairs
 
     engine = embedded_engine(device, "float32" if device == "cpu" else "float16")
-    return list(draw_pairs(engine, pairs("gate 2", n), 10))
+    return list(draw_pairs(engine, pairs("gate 2", n), batch=10))
 
 def switch(
     setup: Setup,  # dry: three pictures
     name: str,  # a key of `SWITCHES`
 ) -> dict[str, Any]:  # the fields of a `QualityResult`; or "not_used" with the reason
-    "One switch: how far its pictures are from the plain pipeline's, and whether that is what it promises."
+    "Compare a switch's pictures with the plain pipeline's, and the difference with the switch's bound."
     from dataclasses import asdict
 
     from sdworker.lab.bench import build_switched
@@ -386,7 +392,7 @@ def switch(
         engine = build_switched(one, model, setup.device)
     except ModelError as error:
         return {"not_used": str(error)}
-    drawn = list(draw_pairs(engine, pairs, 10, **one.request))
+    drawn = list(draw_pairs(engine, pairs, batch=10, **one.request))
     return asdict(compare_to_baseline(drawn, _plain(setup.device, len(pairs)), one.min_psnr))
 
 def switch_apart(
@@ -480,9 +486,9 @@ def checks(
     run("doctor", doctor)
     run("memory, fraction", full_memory, "fraction")
     run("memory, filled", full_memory, "filled", dry=False)
-    run("worker, cuda-graph", worker, 90, 4, True, SDWORKER_COMPILE="cuda-graph", needs=30, dry=False)
+    run("worker, cuda-graph", worker, 90, 4, odd=True, SDWORKER_COMPILE="cuda-graph", needs=30, dry=False)
     run("compiled code is opened", open_compiled, needs=60, dry=False)
-    run("worker, reduce-overhead", worker, 120, 3, True, SDWORKER_COMPILE="reduce-overhead", needs=60, dry=False)
+    run("worker, reduce-overhead", worker, 120, 3, odd=True, SDWORKER_COMPILE="reduce-overhead", needs=60, dry=False)
     run("compiled ahead of time", compiled_engine, needs=300, dry=False)
     if any((setup.scratch / "aot").glob("*/aot.json")):
         run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="aot", needs=20, dry=False,
@@ -491,7 +497,7 @@ def checks(
         if name not in slow:
             run(f"switch {name}", switch, name, limit=45)
     run("refiner, offload", refiner_offload, limit=60)
-    run("worker, regional", worker, 120, 3, True, SDWORKER_COMPILE="regional", needs=60, dry=False)
+    run("worker, regional", worker, 120, 3, odd=True, SDWORKER_COMPILE="regional", needs=60, dry=False)
     for name in slow:
         run(f"switch {name}", switch_apart, name, needs=60, dry=False)
     return report

@@ -153,8 +153,9 @@ def engine_of(
 
     half = "bfloat16" if "fp8" in changes else "float16"
     engine = build_pipeline(defaults(), model_info, device, half if device == "cuda" else "float32")
-    for change in filter(CHANGES.__contains__, changes):
-        CHANGES[change](engine)
+    for name in changes:
+        if name in CHANGES:  # "eager" and the kernels for attention change nothing in the pipeline
+            CHANGES[name](engine)
     return engine
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00028
@@ -162,12 +163,12 @@ def signal_to_difference(
     ours: "numpy.ndarray",  # any shape
     theirs: "numpy.ndarray",  # of the same shape
 ) -> float:  # dB; 99 for equal ones
-    "How far an array is from another, relative to its own size."
+    "How far an array is from another, relative to the other's size."
     import numpy
 
     ours, theirs = (numpy.asarray(array, float) for array in (ours, theirs))
-    off = float(((ours - theirs) ** 2).sum())
-    return min(10 * math.log10(float((theirs**2).sum()) / off), 99.0) if off else 99.0
+    difference = float(((ours - theirs) ** 2).sum())
+    return min(10 * math.log10(float((theirs**2).sum()) / difference), 99.0) if difference else 99.0
 
 def against_eager(
     setup: Setup,  # with the folders of the records, where eager's picture is kept
@@ -182,10 +183,10 @@ def against_eager(
     if way == "eager":
         setup.out.mkdir(parents=True, exist_ok=True)
         numpy.savez_compressed(setup.out / name, latents=latents, picture=picture)
-    drawn = next((folder / name for folder in (setup.out, setup.state) if (folder / name).exists()), None)
-    if not drawn:
+    file = next((folder / name for folder in (setup.out, setup.state) if (folder / name).exists()), None)
+    if not file:
         return {}
-    with numpy.load(drawn) as eager:
+    with numpy.load(file) as eager:
         return {"latents": signal_to_difference(latents, eager["latents"]),
                 "picture": min(psnr(picture, eager["picture"]), 99.0)}
 
@@ -217,7 +218,8 @@ def measure_way(
         picture = generate(engine, PROMPT, **request).pictures[0].image
         result["first"] = time.perf_counter() - begun
         result |= _peak(setup, partial(timed, lambda: generate(engine, PROMPT, **request), turns))
-        specs, params = [ImageSpec(PROMPT, request["seed"])], SamplingParams(*list(request.values())[:4])
+        specs = [ImageSpec(PROMPT, request["seed"])]
+        params = SamplingParams(*(request[name] for name in ("width", "height", "steps", "guidance")))
         encoded = engine.encode(specs, params)
         latents = engine.denoise(encoded, specs, params)
         seconds = partial(device_seconds, turns=turns, device=setup.device)
@@ -252,7 +254,7 @@ def way_in_process(
     setup: Setup,  # with the time that is left
     aot: Path | None = None,  # see `engine_of`
 ) -> dict[str, Any]:  # see `measure_way`
-    "Measure a way in a process of its own, for at most three times its guess in `WAYS`. Raises `ChildProcessError`."
+    "Measure a way in a process of its own, at most three times as long as `WAYS` expects. Raises `ChildProcessError`."
     cache = setup.scratch / "inductor" / f"{way.replace(', ', '-').replace(' ', '_')}-{time.time():.0f}"
     return run_script(SCRIPT, min(3 * WAYS[way], setup.seconds_left() + 10), way, str(setup.dry), str(setup.out),
                       str(setup.state), str(setup.scratch), str(aot or ""), TORCHINDUCTOR_CACHE_DIR=str(cache))
@@ -273,19 +275,19 @@ def image_operations(
 
     parts, blank = bare_components(read_model_info(model)), partial(torch.empty, device="meta")
     unet, vae = parts["unet"], parts["vae"]
-    config, side = unet.config, side // 2 ** (len(vae.config.block_out_channels) - 1)
+    config, latent_side = unet.config, side // 2 ** (len(vae.config.block_out_channels) - 1)
     added = {"time_ids": blank(2, 6), "text_embeds": blank(
         2, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)}
-    step = operations(lambda: unet(blank(2, config.in_channels, side, side), blank(()), blank(
+    step = operations(lambda: unet(blank(2, config.in_channels, latent_side, latent_side), blank(()), blank(
         2, 77, config.cross_attention_dim), added_cond_kwargs=added))
-    decode = operations(lambda: vae.decode(blank(1, config.in_channels, side, side)))
+    decode = operations(lambda: vae.decode(blank(1, config.in_channels, latent_side, latent_side)))
     return {"step": step, "decode": decode, "image": steps * step + decode}
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00041
 def job_overhead(
     setup: Setup,  # its model and device are the worker's
     limit: float,  # seconds
-) -> dict[str, Any]:  # median seconds beside drawing: "png", "jpeg"; "jobs": the seconds of each job by what they are
+) -> dict[str, Any]:  # median seconds besides drawing: "png", "jpeg"; "jobs": the seconds of each job, by part
     "Send a worker five jobs of one image; the first is not counted. Raises `ChildProcessError` if any fails."
     size = {name: value for name, value in image_request(setup.dry).items() if name in ("width", "height")}
     request = size | {"prompt": PROMPT, "num_inference_steps": image_request(setup.dry)["steps"]}
@@ -333,7 +335,7 @@ def _measure(report: Report, model: Path, aot: Path | None) -> None:
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00045
 def _reason(error: str) -> str:
-    "The first and the last line of an error: what lies between names files of one machine."
+    "The first and the last line of an error; the lines between them name files of one machine."
     lines = error.split(" | ")
     return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
 
@@ -354,7 +356,7 @@ def write_headline(
 _TENSORRT = "https://huggingface.co/stabilityai/stable-diffusion-xl-1.0-tensorrt"
 _DIFFUSERS = ("https://huggingface.co/datasets/sayakpaul/sample-datasets/blob/"
               "8285f7668326f13af8d213cd8087218cd7f97483/collated_results_sdxl.csv")
-PUBLISHED = {  # seconds for one image of SDXL of 1024x1024 in 30 steps, and where that stands
+PUBLISHED = {  # seconds for one image of SDXL of 1024x1024 in 30 steps, and the source
     "H100, TensorRT": (1.471, _TENSORRT), "H100, TensorRT's baseline": (2.496, _TENSORRT),
     "A100, diffusers compiled with max-autotune": (2.538, _DIFFUSERS),
     "A100, diffusers eager in bfloat16": (3.315, _DIFFUSERS)}
@@ -376,13 +378,14 @@ def step_share(
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00049
 def _way_row(record: Mapping[str, Any], way: str) -> str:
-    one, eager, far = record["ways"][way], record["ways"].get("eager"), record["ways"][way]["dB"]
+    "A way's row of the table."
+    one, eager, decibels = record["ways"][way], record["ways"].get("eager"), record["ways"][way]["dB"]
     seconds, memory = one["image"]["median"], f"{one['peak'] / 1e9:.1f}" if "peak" in one else ""
     times = f"{eager['image']['median'] / seconds:.2f}" if eager else ""
     share = f"{step_share(record, way):.0%}" if record["rates"] and record["operations"] else ""
     return (f"| {way} | {seconds:.3f} | {times} | {1000 * one['step']:.1f} | {share} | {1000 * one['decode']:.0f} | "
             f"{memory} | {one['load'] + one['first']:.1f} | "
-            + " | ".join(f"{far[name]:.0f}" if far else "" for name in ("latents", "picture")) + " |")
+            + " | ".join(f"{decibels[name]:.0f}" if decibels else "" for name in ("latents", "picture")) + " |")
 
 def headline_table(
     record: Mapping[str, Any] | None,  # from `write_headline`; None: there is none yet

@@ -39,7 +39,7 @@ class Setup:
     out: Path = Path("out/gpu")  # records and pictures of this call
     state: Path = Path(".gpu/state")  # records of earlier calls, on this machine or another
     scratch: Path = Path(tempfile.gettempdir(), "sdworker-gpu")  # for weights and caches, kept between calls
-    seconds: float = 500.0  # so long after `begun` no part is started
+    seconds: float = 500.0  # after `begun`; then no further part is started
     begun: float = field(default_factory=time.time)  # when the call began, seconds since the epoch
 
     @property
@@ -62,13 +62,13 @@ def time_limit(
     "Raise `TimeLimit` after some seconds."
     def stop(*_: Any) -> None:
         raise TimeLimit(f"took more than {seconds:.0f} s")
-    before = signal.signal(signal.SIGALRM, stop)
+    earlier_handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, earlier_handler)
 
 # %% ../../nbs/8_lab/09_gpu_report.ipynb #97a00012
 @dataclass
@@ -153,7 +153,7 @@ class _Record:
         self.gpu = gpu_facts()
         for folder in (setup.out, setup.scratch):
             folder.mkdir(parents=True, exist_ok=True)
-        self.parts = next(filter(None, map(self._earlier, (setup.out, setup.state))), {})
+        self.parts = self._earlier(setup.out) or self._earlier(setup.state)  # those in `out` are newer
 
     def _earlier(self, folder: Path) -> dict[str, Any]:
         "Parts of an earlier call on the same GPU."
@@ -190,7 +190,7 @@ class Report(_Record):
         needs: float = 5.0,  # expected seconds; with less time left the part is skipped
         limit: float = math.inf,  # time limit in seconds
     ) -> Any:  # what `call` returned, now or in an earlier run of the stage; None: it was skipped or failed
-        "Run a part without a result if there is time, and write the record. Raises `SystemExit` if the GPU is lost."
+        "If there is time, run a part that has no result; write the record. Raises `SystemExit` if the GPU is lost."
         earlier, remaining = self.parts.get(name, {}), self.setup.seconds_left()
         tries = earlier.get("tries", 0)
         if self.only and not name.startswith(self.only):
@@ -257,9 +257,10 @@ def matmul_rates(
         b = a.to(getattr(torch, name))
         rates[name] = 2 * side**3 / device_seconds(lambda b=b: b @ b, turns, device)
     if device == "cuda":
-        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
         rates["tf32"] = 2 * side**3 / device_seconds(lambda: a @ a, turns)
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = allowed
     return rates
 
 def copy_rates(

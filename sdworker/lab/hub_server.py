@@ -87,8 +87,8 @@ def _serve(hub: Hub, begun: threading.Event) -> None:
     "Run the event loop until it is stopped."
     loop, app = hub._loop, web.Application()
     asyncio.set_event_loop(loop)
-    for place, answer in ROUTES.items():
-        app.router.add_get(place, partial(answer, hub))
+    for path, handler in ROUTES.items():
+        app.router.add_get(path, partial(handler, hub))
     runner = web.AppRunner(app, shutdown_timeout=1)
     loop.run_until_complete(runner.setup())
     loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())

@@ -32,14 +32,15 @@ def jobs_for(
 
 def measured(
     worker_run: WorkerRun,  # from `run_workers`
-    arrivals: list[float],  # of job-0, job-1, ...
+    arrivals: list[float],  # seconds, of job-0, job-1, ...
 ) -> tuple[Load, np.ndarray]:  # the load, and each job's seconds from its arrival until it was taken
-    "Convert a real run into what the simulation takes and returns: a load and the waits."
-    names = [f"job-{k}" for k in range(len(arrivals))]
-    taken_at = np.array([worker_run.taken_at[name] for name in names]) - worker_run.opened
-    answered = np.array([worker_run.answered_at[name] for name in names]) - worker_run.opened
-    arrived = np.array(arrivals)
-    return Load(arrived, answered - taken_at, np.ones(len(names))), taken_at - arrived
+    "Convert a real run into a load for the simulation, and the waits to compare."
+    jobs = [f"job-{k}" for k in range(len(arrivals))]
+    taken_at = np.array([worker_run.taken_at[job] for job in jobs]) - worker_run.opened
+    answered_at = np.array([worker_run.answered_at[job] for job in jobs]) - worker_run.opened
+    arrived_at = np.array(arrivals)
+    load = Load(arrived_at, seconds=answered_at - taken_at, images=np.ones(len(jobs)))
+    return load, taken_at - arrived_at
 
 # %% ../../nbs/8_lab/08_plan_vs_real.ipynb #cf08bace
 def compared(
@@ -47,7 +48,7 @@ def compared(
     wait: np.ndarray,  # (n,) seconds in the queue, of the real run
     workers: int,  # number of workers in the real run
 ) -> dict[str, Any]:  # "real", "simulated": percentiles; "ratio" of the p95 of latency, simulated / real; "waits"
-    "Simulate a real run and compare."
+    "Simulate the load of a real run, and compare waits and latencies."
     simulated = simulate(Endpoint(min_workers=workers, max_workers=workers), load)
     percentiles = {}
     for name, waits in (("real", wait), ("simulated", simulated.wait)):
@@ -64,8 +65,9 @@ def replay(
 ) -> dict[str, Any]:  # as `compared`, with "jobs", "rate", "workers" and "seconds" (mean seconds of a job)
     "Run the same jobs with real workers and in the simulation. Raises `RuntimeError` if some are not answered."
     jobs, arrivals = jobs_for(n, rate)
+    # each worker loads the model before its first poll, and draws with one thread
     worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
-        "SDWORKER_LOAD": "eager", "SDWORKER_ENGINE": "diffusers", "OMP_NUM_THREADS": "1"}, 120 + 2 * n / rate,
+        "SDWORKER_LOAD": "eager", "SDWORKER_ENGINE": "diffusers", "OMP_NUM_THREADS": "1"}, limit=120 + 2 * n / rate,
         arrivals=arrivals, workers=workers)
     if len(worker_run.answered_at) < n:
         raise RuntimeError(f"only {len(worker_run.answered_at)} of {n} jobs were answered:\n{worker_run.log[-2000:]}")

@@ -144,7 +144,7 @@ def engine_with(
 
         folder, reason = find_aot_package(model, device, dtype, aot_dirs(get_settings()), settings.quantize)
         if not folder:
-            raise ModelError(reason or "nobody has made one; `sdworker bake --aot` does.")
+            raise ModelError(reason or "no AOT package has been made; `sdworker bake --aot` makes one.")
         return AotEngine(model, folder, device)
     engine = build_pipeline(settings, model, device, dtype)
     if settings.compile != "off" and not engine.warnings:
@@ -165,7 +165,7 @@ def main(
         few = draw_pairs(initialize_model(), pairs("gate 2", 24))
         save(contact_sheet([image for _, image in few], zoom=2), sheet)
     figures = gate(initialize_model())
-    write_result(to, figures, "python -m sdworker.lab.quality: the gate's pairs, pipeline engine, default settings")
+    write_result(to, figures, "python -m sdworker.lab.quality: the gate's pairs, diffusers engine, default settings")
     typer.echo(", ".join(f"{name} {100 * rate:.1f} %" for name, rate in figures["adherence"].items()))
     raise typer.Exit(0 if figures["passed"] else 1)
 

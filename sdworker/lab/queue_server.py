@@ -34,14 +34,14 @@ class WorkerRun:
     code: int | None = None  # exit code of the first worker that ended by itself
 
 # %% ../../nbs/8_lab/02_queue_server.ipynb #cf098bfc
-class _Line:
-    "Jobs that arrive at given times, for workers that request them."
+class _WaitingJobs:
+    "Jobs with arrival times; a worker that requests a job gets the next one that has arrived."
     def __init__(self, jobs: Sequence[dict], arrivals: Sequence[float] = (), workers: int = 1):
-        self.jobs, self.worker_run, self.start = len(jobs), WorkerRun(), time.monotonic()
-        self.waiting = list(zip(arrivals or [0.0] * len(jobs), jobs, strict=True))
-        self.expected = workers  # the clock of the arrivals starts when all of them have requested a job
-        self.polled: set[str] = set()
-        self.interrupted = False  # the caller has gone
+        self.job_count, self.worker_run, self.start = len(jobs), WorkerRun(), time.monotonic()
+        self.waiting = list(zip(arrivals or [0.0] * len(jobs), jobs, strict=True))  # arrival and job of each
+        self.expected = workers  # the clock of the arrivals starts when so many workers have requested a job
+        self.polled: set[str] = set()  # names of the workers that have requested a job
+        self.interrupted = False  # by Ctrl-C or a time limit: the workers have to be stopped
 
     def now(self) -> float:
         return time.monotonic() - self.start
@@ -57,7 +57,7 @@ class _Line:
         return self.waiting.pop(0)[1]
 
 # %% ../../nbs/8_lab/02_queue_server.ipynb #f915d9b2
-class Queue(_Line):
+class Queue(_WaitingJobs):
     "The web application that hands out jobs."
     def __init__(self, jobs: Sequence[dict],  # each with "id" and "input"
                  arrivals: Sequence[float] = (),  # seconds after all workers have requested a job; empty: at once
@@ -114,7 +114,7 @@ def run_workers(
     arrivals: Sequence[float] = (),  # seconds after all workers have requested a job, per job; empty: at once
     workers: int = 1,  # number of processes
 ) -> WorkerRun:  # answers and times
-    "Start workers, give them jobs, and stop them when all are answered or one has ended."
+    "Start workers, give them jobs, and stop them when all jobs are answered or a worker has ended."
     queue = Queue(jobs, arrivals, workers)
     with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
         try:
@@ -135,7 +135,7 @@ async def _run_workers(command, queue: Queue, environment, limit, stop) -> Worke
                                     start_new_session=True) for name in names]
         try:
             while (all(worker.poll() is None for worker in workers) and queue.now() < limit and not queue.interrupted
-                   and (len(queue.worker_run.answered_at) < queue.jobs or not stop)):
+                   and (len(queue.worker_run.answered_at) < queue.job_count or not stop)):
                 await asyncio.sleep(0.02)
             queue.worker_run.code = next((code for worker in workers if (code := worker.poll()) is not None), None)
         finally:

@@ -276,13 +276,13 @@ def clock(
 ) -> Finding:  # state, finding and remedy
     "Compare this machine's clock with the bucket server's; without a bucket, with the dates of this package's files."
     installed = max(path.stat().st_mtime for path in Path(sdworker.__file__).parent.rglob("*.py"))
-    offset = min(time.time() - installed, 0.0)
+    offset = min(time.time() - installed, 0.0)  # below 0: the files are from the future
     if not set_and_unset(BUCKET)[1]:
         try:
             offset = time.time() - parsedate_to_datetime(_head_bucket().headers["Date"]).timestamp()
         except Exception:
             return ok("clock", "no server with a clock has answered.")
-    if abs(offset) > 300:
+    if abs(offset) > 300:  # seconds, a third of what a bucket accepts
         return Finding("clock", "fail", f"the clock is {abs(offset) / 60:.0f} minutes "
                        f"{'fast' if offset > 0 else 'slow'}.",
                        "Set it; a bucket refuses a signature that is a quarter of an hour off.")

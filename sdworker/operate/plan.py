@@ -55,7 +55,7 @@ def poisson(
 ) -> Load:  # with one image for each request
     "Generate a Poisson process with a daily swing, of single requests or bursts, with exponential busy times."
     rng, max_rate = np.random.default_rng(seed), a_day * (1 + swing) / 86400 / burst
-    # draw arrivals at the highest rate, then drop some of them where the rate is lower
+    # draw arrivals at the highest rate, a fifth more than needed, then drop some of them where the rate is lower
     times = np.cumsum(rng.exponential(1 / max_rate, max(int(1.2 * max_rate * days * 86400) + 50, 1)))
     times = times[times < days * 86400]
     rate = 1 - swing * np.cos(2 * np.pi * times / 86400)  # quietest at midnight
@@ -172,7 +172,7 @@ class _Run:
     def __init__(self, endpoint: Endpoint, load: Load, seed: int):
         self.endpoint, self.load, self.random = endpoint, load, random.Random(seed)
         self.env, self.queue = simpy.Environment(), deque()
-        self.idle_workers = deque()  # events that wake a worker
+        self.idle_workers = deque()  # an event for each, which wakes it
         self.start, self.cold = np.full(len(load.arrivals), math.nan), np.zeros(len(load.arrivals), bool)
         self.workers, self.up, self.busy_workers = [], 0, 0  # up: workers that have not ended
         for _ in range(endpoint.min_workers):
@@ -183,10 +183,11 @@ class _Run:
             worker.ended = self.env.now if worker.active else worker.ended
 
     def launch(self, active: bool = False) -> None:
-        own, boot = self.endpoint, 0.0
+        endpoint, boot = self.endpoint, 0.0
         if not active:
-            hit = self.random.random() < own.flashboot
-            boot = own.flashboot_seconds if hit else own.cold * math.exp(self.random.gauss(0, own.spread))
+            hit = self.random.random() < endpoint.flashboot
+            boot = (endpoint.flashboot_seconds if hit
+                    else endpoint.cold * math.exp(self.random.gauss(0, endpoint.spread)))
         self.up += 1
         self.workers.append(worker := Worker(self.env.now, active, boot))
         self.env.process(self.work(worker))
@@ -235,14 +236,15 @@ _Run.work, _Run.arrive = _work, _arrive
 # %% ../../nbs/6_operate/03_plan.ipynb #6683aa42
 def _scale(self: _Run, job: int) -> None:
     "Start workers for a request that found no idle worker."
-    own = self.endpoint
-    if own.count:  # one worker for each `count` requests, rounded up
-        for _ in range(min(own.max_workers, -(-(len(self.queue) + self.busy_workers) // own.count)) - self.up):
+    endpoint = self.endpoint
+    if endpoint.count:  # one worker for each `count` requests, rounded up
+        wanted = math.ceil((len(self.queue) + self.busy_workers) / endpoint.count)
+        for _ in range(min(endpoint.max_workers, wanted) - self.up):
             self.launch()
     elif not self.up:
         self.launch()
     else:
-        self.env.timeout(own.queue_delay).callbacks.append(lambda _: self.after_delay(job))
+        self.env.timeout(endpoint.queue_delay).callbacks.append(lambda _: self.after_delay(job))
 
 def _after_delay(self: _Run, job: int) -> None:
     "Start one more worker if a request still waits after the queue delay."
@@ -274,9 +276,9 @@ class Outcome:
     @property
     def cost(self) -> float:  # USD
         "Return the cost, with each worker's seconds rounded up."
-        own = self.endpoint
-        return own.price * sum(math.ceil(one.ended - one.started) * (1 - own.discount * one.active)
-                               for one in self.workers)
+        discount = self.endpoint.discount
+        return self.endpoint.price * sum(
+            math.ceil(worker.ended - worker.started) * (1 - discount * worker.active) for worker in self.workers)
 
 def simulate(
     endpoint: Endpoint,  # settings and assumptions
@@ -303,8 +305,8 @@ def report(
     outcome: Outcome,  # from `simulate`
 ) -> dict[str, float]:  # settings; "wait_p95" and such: seconds; "cold", "used": 0..1; "cost_...": USD
     "Summarize an outcome."
-    own, days = outcome.endpoint, outcome.load.days
-    figures = {"min": own.min_workers, "max": own.max_workers, "idle": own.idle, "count": own.count}
+    endpoint, days = outcome.endpoint, outcome.load.days
+    figures = {"min": endpoint.min_workers, "max": endpoint.max_workers, "idle": endpoint.idle, "count": endpoint.count}
     for name, values in (("wait", outcome.wait), ("latency", outcome.latency)):
         figures |= {f"{name}_p{k}": float(np.percentile(values, k)) for k in (50, 95, 99)}
     busy, total = (sum(values) for values in zip(*((one.busy, one.ended - one.started) for one in outcome.workers),
@@ -321,12 +323,12 @@ def grid(
     on_progress: Callable[[int, int], None] = lambda done, total: None,  # called with the settings done and their total
 ) -> list[dict[str, float]]:  # a report for each setting
     "Simulate all combinations of settings with a minimum not above the maximum."
-    settings = [dict(zip(values, one, strict=True)) for one in product(*values.values())]
-    settings = [one for one in settings
-                if one.get("min_workers", base.min_workers) <= one.get("max_workers", base.max_workers)]
+    settings = [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
+    settings = [setting for setting in settings
+                if setting.get("min_workers", base.min_workers) <= setting.get("max_workers", base.max_workers)]
     reports = []
-    for number, one in enumerate(settings, 1):
-        reports.append(report(simulate(replace(base, **one), load)))
+    for number, setting in enumerate(settings, 1):
+        reports.append(report(simulate(replace(base, **setting), load)))
         on_progress(number, len(settings))
     return reports
 
@@ -370,13 +372,14 @@ def study(
 ) -> dict[str, Any]:  # "load", "setting", its "workers" over time, "grid", "front", "recommendation", "ratio" of costs
     "Simulate a setting and a grid around it; raises `PlanError` for a goal that is not understood."
     name, outcome = parse_goal(goal)[0] if goal else "wait_p95", simulate(base, load)
-    own, reports = report(outcome), grid(base, load, values, on_progress) if values else []
-    best = recommend([*reports, own], goal) if goal else None
+    base_report, reports = report(outcome), grid(base, load, values, on_progress) if values else []
+    best = recommend([*reports, base_report], goal) if goal else None
     described = {"requests": len(load.arrivals), "days": load.days, "seconds": float(load.seconds.mean()),
                  "images": float(load.images.sum())}
-    ratio = best["cost_day"] / own["cost_day"] if best else None
-    return {"load": described, "goal": goal, "setting": own, "workers": workers_over_time(outcome), "grid": reports,
-            "front": pareto_front([*reports, own], name), "recommendation": best, "ratio": ratio}
+    ratio = best["cost_day"] / base_report["cost_day"] if best else None
+    return {"load": described, "goal": goal, "setting": base_report, "workers": workers_over_time(outcome),
+            "grid": reports, "front": pareto_front([*reports, base_report], name), "recommendation": best,
+            "ratio": ratio}
 
 # %% ../../nbs/6_operate/03_plan.ipynb #6626a2f9
 def plot(

@@ -54,14 +54,14 @@ def respond(
 ) -> dict[str, Any]:  # the answer
     "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
     model, limits = model_info(), get_settings()
-    request, encoded = parse_request(payload, model, limits), []
+    request, encodings = parse_request(payload, model, limits), []  # futures of data URIs
     with ThreadPoolExecutor(2, "encode") as pool:
         drawn = ENGINE_THREAD.submit(partial(
             _draw, request, limits.max_batch,
-            lambda picture: encoded.append(pool.submit(data_uri, picture.image, **request.output)))).result()
+            lambda picture: encodings.append(pool.submit(data_uri, picture.image, **request.output)))).result()
         LEDGER.lap("first image")
-        with drawn.timings.stage("image_encoding"):  # the part that is left when all is drawn
-            images = [future.result() for future in encoded]
+        with drawn.timings.stage("image_encoding"):  # the encoding that is left when all is drawn
+            images = [future.result() for future in encodings]
     LEDGER.lap("answer")
     seeds, timings, cold = [picture.seed for picture in drawn.pictures], drawn.timings.rounded(), LEDGER.close()
     if cold:  # None after the first answer
@@ -111,8 +111,8 @@ def _record(job: dict, outcome: str, seconds: float, answer: dict, error: Except
         if error is None:
             note(name, outcome, seconds, answer, repr(job["input"]["prompt"]) if get_settings().log_prompts else "")
         elif isinstance(error, RequestError | Unsuited | ModelError | SettingsError):
-            lost = error if answer.get("refresh_worker") and error.__cause__ else None  # with what led to it
-            note(name, outcome, seconds, detail=answer["error"], exc_info=lost)
+            traced = error if answer.get("refresh_worker") and error.__cause__ else None  # its cause is logged too
+            note(name, outcome, seconds, detail=answer["error"], exc_info=traced)
         else:
             note(name, outcome, seconds, exc_info=error)
     except Exception:
@@ -161,7 +161,7 @@ def _queue_options() -> dict[str, Any]:
 
 # %% ../../nbs/5_serve/08_handler.ipynb #a53eac3c
 def _prefetch_and_count(queue: bool) -> int:
-    "Look at the model's folder and begin to read its weights; return the number of weights, 0 if files are missing."
+    "Begin to read the model's weights from its folder; return the number of parameters, 0 if files are missing."
     model = None
     try:
         model = model_info()
@@ -171,7 +171,8 @@ def _prefetch_and_count(queue: bool) -> int:
     except (ModelError, OSError) as error:
         if getattr(error, "lasting", False) or not (queue or model):  # without a queue, a missing folder ends the start
             raise
-        log.warning("not all here yet, so nothing is read ahead: %s", error)  # a volume or a download may bring it
+        # a volume may be mounted, or a download may end, before the load
+        log.warning("the model is not complete yet, so nothing is read ahead: %s", error)
         return 0
 
 # %% ../../nbs/5_serve/08_handler.ipynb #6ae0a37c
@@ -182,7 +183,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     for warning in prepare_cache_folders():
         log.warning(warning)
     weight_bytes = _prefetch_and_count(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
-    shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known after the load
+    shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known only after the load
     check = checks_at_start(settings, 0 if shrinks else weight_bytes, log.warning) if queue else None
     LEDGER.lap("worker")
     if settings.load == "eager" and not queue:

@@ -49,7 +49,7 @@ def set_up_log(
 # %% ../../nbs/5_serve/07_monitor.ipynb #af60968e
 @lru_cache(maxsize=1)
 def _nvml_gpu() -> tuple[Any, Any] | None:
-    "NVML and its handle of the first GPU; None without one."
+    "NVML and its handle of the first GPU; None if there is no GPU."
     if not shutil.which("nvidia-smi"):
         return None
     try:
@@ -57,8 +57,8 @@ def _nvml_gpu() -> tuple[Any, Any] | None:
 
         pynvml.nvmlInit()
         return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
-    except Exception as error:  # a driver that is not there, or too old: nothing that a picture needs
-        log.warning("nothing will be known of the GPU: %s", error)
+    except Exception as error:  # no driver, or an old one; drawing does not need NVML
+        log.warning("the state of the GPU will not be logged: %s", error)
         return None
 
 def gpu_state() -> dict[str, float]:  # "memory" and "memory_total" in bytes, "utilisation" 0..1; empty: not known
@@ -100,10 +100,10 @@ class Tally:
 
     def sums(self) -> dict[str, Any]:  # jobs by outcome; "median" and "slowest" in seconds; "busy", "shares" 0..1
         "Return the summary: `busy` is the share of time spent drawing, `shares` each stage's share of that."
-        jobs, worked, elapsed = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
+        durations, worked, elapsed = sorted(self.seconds) or [0.0], sum(self.seconds), time.monotonic() - self.began
         shares = {stage: round(seconds / worked, 3) for stage, seconds in self.stages.items()} if worked else {}
-        return {**self.outcomes, "images": self.images, "median": round(jobs[len(jobs) // 2], 3),
-                "slowest": round(jobs[-1], 3), "busy": round(min(worked / elapsed, 1.0), 3) if elapsed else 0.0,
+        return {**self.outcomes, "images": self.images, "median": round(durations[len(durations) // 2], 3),
+                "slowest": round(durations[-1], 3), "busy": round(min(worked / elapsed, 1.0), 3) if elapsed else 0.0,
                 "shares": shares}
 
 STAGES = ("text_encoder", "denoise", "decode", "image_encoding")  # of a job, in their order

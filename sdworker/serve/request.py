@@ -97,16 +97,17 @@ def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
                f"{math.ceil(1000 / steps) / 1000:g}, or ask for {math.ceil(1 / strength)} steps.")
     samplers = SAMPLER_GROUPS[family.samplers]
     if request.sampler and STAND_INS.get(request.sampler, request.sampler) not in samplers:
-        yield (f"scheduler is {request.sampler}: {model.name} has a sampler of its own, and no other"
-               f"{' but ' * bool(samplers) + ', '.join(samplers)}; leave it out.")
-    ends = request.guidance_stop is not None and request.guidance_stop < 1
-    refines = "refiner" in addons_present(model) and not has_image and not (ends and request.guidance_stop)
-    if request.refiner_start and request.refiner_start < 1 and not refines:
+        others = f" but {', '.join(samplers)}" if samplers else ""
+        yield (f"scheduler is {request.sampler}: {model.name} has a sampler of its own, and no other{others}; leave "
+               "it out.")
+    guidance_ends = request.guidance_stop is not None and request.guidance_stop < 1  # before the last step
+    can_refine = "refiner" in addons_present(model) and not has_image and not (guidance_ends and request.guidance_stop)
+    if request.refiner_start and request.refiner_start < 1 and not can_refine:
         yield (f"refiner_start is {request.refiner_start:g}: it is for a model with a refiner (see SDWORKER_ADDONS), "
                "for pictures from noise, and without guidance_stop; leave it out.")
-    if ends and (has_image or not family.staged):
-        able = " and ".join(known.name for known in FAMILIES.values() if known.staged)
-        yield (f"guidance_stop is {request.guidance_stop:g}: guidance ends early only from noise, with {able}; leave "
+    if guidance_ends and (has_image or not family.staged):
+        names = " and ".join(known.name for known in FAMILIES.values() if known.staged)
+        yield (f"guidance_stop is {request.guidance_stop:g}: guidance ends early only from noise, with {names}; leave "
                "it out.")
 
 # %% ../../nbs/5_serve/02_request.ipynb #d72dc3a2
@@ -163,7 +164,7 @@ def parse_request(
     if not isinstance(payload, dict):
         raise RequestError('input should be an object, such as {"prompt": "a large red star on a blue background"}.')
     try:
-        request = JobRequest.model_validate(  # by JSON's names; half of a surrogate pair becomes text
+        request = JobRequest.model_validate(  # half of a surrogate pair in a field's name is escaped
             {str(name).encode("utf-8", "backslashreplace").decode(): value for name, value in payload.items()},
             by_alias=True, by_name=False)
     except ValidationError as error:

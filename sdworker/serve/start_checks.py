@@ -90,19 +90,19 @@ def disk(
 ) -> Finding:
     "Check the free space of the cache folder and the temporary folder."
     places = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())}
-    existing = {next(one for one in (place, *place.parents) if one.exists()) for place in places}
+    existing = {next(folder for folder in (place, *place.parents) if folder.exists()) for place in places}
     free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}  # GB
     fullest = min(free, key=free.get)
     if free[fullest] < 0.5:
         return Finding("disk", "warn", f"{fullest} has {free[fullest]:.1f} GB free.",
                        "Bake the model into the image, or give the container a larger disk.")
-    if free[fullest] < 15 and _is_fetched(settings):
+    if free[fullest] < 15 and _has_to_be_fetched(settings):  # GB; fetching SDXL takes 14
         return Finding("disk", "warn", f"{settings.model} has to be fetched, and {fullest} has "
                        f"{free[fullest]:.1f} GB free.",
-                       "Bake it, or give the container 20 GB more: SDXL takes 7, and as much again while it comes.")
+                       "Bake it, or give the container 20 GB more: SDXL takes 7 GB, and 14 GB during the download.")
     return ok("disk", f"{free[fullest]:.0f} GB are free in {fullest}.")
 
-def _is_fetched(settings: Settings) -> bool:
+def _has_to_be_fetched(settings: Settings) -> bool:
     try:
         return locate(settings) is None
     except ModelError:  # the check `weights` reports why
@@ -116,7 +116,7 @@ def sizes(
     try:
         model = model_info()
     except ModelError:  # it may be on a volume that is mounted later
-        return ok("sizes", "not looked at, since the model is not here.")
+        return ok("sizes", "not checked, since the model is not here.")
     for name, limit, own in (("max_size_px", settings.max_size_px, model.side),
                              ("max_steps", settings.max_steps, model.steps)):
         if limit < own:

@@ -28,7 +28,7 @@ log = logging.getLogger("sdworker")
 # %% ../../nbs/4_start/02_fast_imports.ipynb #33affd87
 class StubModule(ModuleType):
     "A module with a few names; reading another name, or importing a submodule, imports the real one in its place."
-    __path__ = ()  # as a package has, so that Python searches its submodules, which `_Submodules` finds
+    __path__ = ()  # marks a package, so that Python looks for its submodules; `_Submodules` finds these
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class _Imported:
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec
+        module.__spec__ = self.spec  # the import has replaced it
 
 # %% ../../nbs/4_start/02_fast_imports.ipynb #fbb030f4
 def quick_or_plain(
@@ -187,6 +187,7 @@ def import_torch(
     lean: bool = True,  # the setting SDWORKER_LEAN; False: a plain import
 ) -> ModuleType:  # torch
     "Import torch without three parts that only a pipeline needs; `complete_torch_import` imports these too."
+    # torch also imports pynvml wherever it is installed
     with stub_modules({name: StubModule(name) for name in (*_LATER, "pynvml") if lean}):
         import torch
     return torch
@@ -219,8 +220,8 @@ def fast_import_mode(
             setattr(owner, name, value)
         with stub_modules(_stubs(keep)):
             with _one_gpu(torch):
-                getattr(transformers.utils, "is_torch_distributed_available", bool)()  # caches the answer, if it exists
-                if "peft" in keep:  # which caches the answer too
+                getattr(transformers.utils, "is_torch_distributed_available", bool)()  # if it exists, caches its answer
+                if "peft" in keep:  # peft caches the answer too
                     importlib.import_module("peft")
             yield
     finally:

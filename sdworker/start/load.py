@@ -107,7 +107,7 @@ def _import_diffusers(model: ModelInfo) -> None:
     import transformers
 
     for _, class_name in components(model.folder):
-        getattr(transformers, class_name, None)  # imports it; the other classes are diffusers'
+        getattr(transformers, class_name, None)  # imports the class; None: the class is diffusers'
     LEDGER.lap("transformers")
     import diffusers
 
@@ -124,7 +124,7 @@ def _diffusers_engine(model: ModelInfo, device: str, dtype: str, **options) -> "
     settings, loras = get_settings(), "loras" in addons_present(model)
 
     def load() -> "Engine":
-        with stub_modules({} if loras else {"peft": None}):  # otherwise diffusers imports it wherever it is installed
+        with stub_modules({} if loras else {"peft": None}):  # diffusers imports peft wherever it is installed
             _import_diffusers(model)
         try:
             with load_guard(model, device, dtype, settings.quantize != "off"):
@@ -134,9 +134,11 @@ def _diffusers_engine(model: ModelInfo, device: str, dtype: str, **options) -> "
             raise
 
     def load_lean() -> "Engine":
-        with fast_import_mode(keep=["xformers"] * ("xformers" in settings.attention) + ["peft"] * loras):
+        needed = {"xformers": "xformers" in settings.attention, "peft": loras}
+        with fast_import_mode(keep=[name for name, is_needed in needed.items() if is_needed]):
             return load()
-    return quick_or_plain(load_lean, load, settings.lean and settings.quantize == "off")  # which needs hidden packages
+    lean = settings.lean and settings.quantize == "off"  # quantizing needs packages that `fast_import_mode` hides
+    return quick_or_plain(load_lean, load, lean)
 
 # %% ../../nbs/4_start/04_load.ipynb #a98f8e7b
 def _load(settings: Settings) -> "Engine":
@@ -155,7 +157,8 @@ def _load(settings: Settings) -> "Engine":
         engine, reason = _aot_engine(settings, model, device, dtype)
     if not engine:
         engine = _diffusers_engine(model, device, dtype)
-        engine.warnings[:0] = [reason] * bool(reason)
+        if reason:
+            engine.warnings.insert(0, reason)
     LEDGER.lap("weights")
     return engine
 
@@ -191,7 +194,7 @@ def _loaded(warm: bool) -> "Engine":
 
 def _compile(engine: "Engine", warm: bool) -> None:
     "Compile in this thread, which also draws, so that no later job waits for the compiler."
-    if get_settings().compile == "off" or not hasattr(engine, "pipe"):  # the AOT engine has none
+    if get_settings().compile == "off" or not hasattr(engine, "pipe"):  # the AOT engine has no pipeline
         return
     from sdworker.engine.torch_compile import compile_before_jobs
 
