@@ -208,7 +208,7 @@ def _baked(model: str, to: Path, revision: str | None, variant: str, addons: str
         typer.echo(f"{manifest['repository']} at {manifest['revision']} (licence: "
                    f"{manifest['license'] or 'not stated'}): {len(manifest['files'])} files, "
                    f"{manifest['bytes'] / 1e9:.2f} GB in {to}" + (
-                       ", with LoRAs fused at scale {scale:g}".format(**fused) if (fused := manifest["fused"]) else ""))
+                       f", with LoRAs fused at scale {manifest['fused']['scale']:g}" if manifest["fused"] else ""))
     return manifest
 
 # %% ../../nbs/9_cli/02_main.ipynb #dbd74e5e

@@ -29,7 +29,7 @@ DISTILLED = {
 # %% ../../nbs/0_core/03_families.ipynb #3f1e6a02
 VAE_LEVELS = {  # key of the list of levels in a VAE's configuration (the first that exists) -> levels that do not halve
     "block_out_channels": 1, "temperal_downsample": 0, "encoder_block_out_channels": 1}
-LOAD = {"add_watermarker": False, "processor": None}  # for `from_pretrained`; transformers' processor needs torchvision
+LOAD = {"add_watermarker": False, "processor": None}  # for `from_pretrained`; Qwen2.5-VL's processor needs torchvision
 
 def flux_text_length(
     denoiser: Mapping[str, Any],  # its configuration
@@ -67,7 +67,7 @@ class Family:
     inpaint: str = ""  # pipeline class for inpainting; empty: none
     edits: bool = False  # requires an input picture
     reads_pictures: bool = False  # whether the text encoder reads the input picture too, as Qwen2.5-VL does
-    refines: bool = False  # whether a second denoiser of the class `from_image` can draw the last steps
+    refines: bool = False  # whether a second pipeline, of the class `from_image`, can draw the last steps
     batch: int = 64  # maximum images in one call
     few: Mapping[str, Preset] = field(default_factory=dict)  # few-step models, by a word in their names
 
