@@ -139,5 +139,5 @@ def test_where_there_is_no_lab_a_command_says_so(command):
     """As in the image, whose test looks for the same words."""
     code = "import sys; sys.modules['sdworker.lab'] = None; from sdworker.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("sdworker: the image does not contain sdworker.lab"), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("sdworker: the image does not contain"), done.stderr
     assert done.stderr.count("\n") == 1
