@@ -79,12 +79,20 @@ def read_trace(
         if not all(names[:2]):
             raise PlanError(f"{path.name} has the columns {', '.join(rows.fieldnames or ())}; it should have arrival "
                             "and seconds, and may have images.")
-        requests = sorted((_moment(row[names[0]], path, line), float(row[names[1]]), float(row.get(names[2]) or 1))
-                          for line, row in enumerate(rows, 2) if row[names[1]])
+        time, seconds, images = names
+        requests = sorted((_moment(row[time], path, line), _number(row[seconds], path, line),
+                           _number(row.get(images) or "1", path, line))
+                          for line, row in enumerate(rows, 2) if row[seconds])
     if not requests:
         raise PlanError(f"{path.name} has no row with a time and seconds.")
     times, seconds, images = np.array(requests).T
     return Load(times - times[0], seconds, images)
+
+def _number(text: str, path: Path, line: int) -> float:
+    with suppress(ValueError):
+        if 0 <= (number := float(text)) < math.inf:
+            return number
+    raise PlanError(f"line {line} of {path.name}: {text!r} should be a number, 0 or more.")
 
 def _moment(text: str, path: Path, line: int) -> float:
     for parse in (float, lambda text: datetime.fromisoformat(text).timestamp()):
@@ -144,8 +152,8 @@ class Endpoint:
 
     def __post_init__(self):
         if not 0 <= self.min_workers <= self.max_workers or self.max_workers < 1:
-            raise PlanError(f"min workers are {self.min_workers} and max {self.max_workers}: should be 0 or more, "
-                            "and not above max.")
+            raise PlanError(f"min workers are {self.min_workers} and max {self.max_workers}: max should be 1 or "
+                            "more, and min from 0 to max.")
         if not 0 <= self.flashboot <= 1 or self.idle < 0 or self.cold < 0:
             raise PlanError("flashboot should be from 0 to 1, idle and cold not below 0.")
 
@@ -194,13 +202,16 @@ class _Run:
 
 # %% ../../nbs/6_operate/03_plan.ipynb #dc14120d
 def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
-    "The process of one worker; the first request of a flex worker counts as cold."
-    env, queue, seconds, fresh, pause = self.env, self.queue, self.load.seconds, not worker.active, 0.0
+    "The process of one worker; a flex worker's first request counts as cold if it came before the worker was ready."
+    env, queue, seconds, pause = self.env, self.queue, self.load.seconds, 0.0
     yield env.timeout(worker.boot)
+    ready, first = env.now, not worker.active
     while True:
         while queue:
             job = queue.popleft()
-            self.start[job], self.cold[job], fresh = env.now, fresh, False
+            self.start[job] = env.now
+            self.cold[job] = first and self.load.arrivals[job] < ready
+            first = False
             self.busy_workers += 1
             yield env.timeout(seconds[job])
             self.busy_workers -= 1
@@ -208,8 +219,7 @@ def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
             yield env.timeout(pause := self.endpoint.pause(seconds[job]))
         self.idle_workers.append(wake := env.event())
         if not worker.active:
-            remaining = max(self.endpoint.idle - pause, 0.0)  # the pause counts as idle time
-            env.timeout(remaining).callbacks.append(lambda _, wake=wake: wake.triggered or wake.succeed(True))
+            self.end_after(max(self.endpoint.idle - pause, 0.0), wake)  # the pause counts as idle time
         if (yield wake):  # True: the idle timeout is over; False: there is a request
             break
     with suppress(ValueError):
@@ -225,13 +235,11 @@ def _arrive(self: _Run) -> Iterator[simpy.Event]:
         yield self.env.timeout(moment - self.env.now)
         self.queue.append(job)
         while self.idle_workers:
-            if not (wake := self.idle_workers.popleft()).triggered:
+            if not (wake := self.idle_workers.popleft()).triggered:  # its idle timeout is not over
                 wake.succeed(False)
                 break
         else:
             self.scale(job)
-
-_Run.work, _Run.arrive = _work, _arrive
 
 # %% ../../nbs/6_operate/03_plan.ipynb #6683aa42
 def _scale(self: _Run, job: int) -> None:
@@ -251,7 +259,15 @@ def _after_delay(self: _Run, job: int) -> None:
     if math.isnan(self.start[job]) and self.up < self.endpoint.max_workers:
         self.launch()
 
-_Run.scale, _Run.after_delay = _scale, _after_delay
+def _end_after(self: _Run, seconds: float, wake: simpy.Event) -> None:
+    "End a worker's idle time after these seconds, unless a request wakes it before."
+    def end(_: simpy.Event) -> None:
+        if not wake.triggered:
+            wake.succeed(True)
+    self.env.timeout(seconds).callbacks.append(end)
+
+_Run.work, _Run.arrive, _Run.scale, _Run.after_delay = _work, _arrive, _scale, _after_delay
+_Run.end_after = _end_after
 
 # %% ../../nbs/6_operate/03_plan.ipynb #d786a310
 @dataclass(frozen=True)
@@ -297,6 +313,7 @@ def workers_over_time(
     "Return the number of workers over time."
     started, ended = (np.array([getattr(one, name) for one in outcome.workers]) for name in ("started", "ended"))
     edges = np.linspace(0, ended.max(), parts + 1)
+    # seconds of all workers together, from the start up to each edge
     seconds = np.array([np.clip(edge - started, 0, ended - started).sum() for edge in edges])
     return (np.diff(seconds) / max(edges[1], 1e-9)).tolist()
 
@@ -309,8 +326,8 @@ def report(
     figures = {"min": endpoint.min_workers, "max": endpoint.max_workers, "idle": endpoint.idle, "count": endpoint.count}
     for name, values in (("wait", outcome.wait), ("latency", outcome.latency)):
         figures |= {f"{name}_p{k}": float(np.percentile(values, k)) for k in (50, 95, 99)}
-    busy, total = (sum(values) for values in zip(*((one.busy, one.ended - one.started) for one in outcome.workers),
-                                                 strict=True))
+    busy = sum(one.busy for one in outcome.workers)
+    total = sum(one.ended - one.started for one in outcome.workers)
     return figures | {"cold": float(outcome.cold.mean()), "cost_day": outcome.cost / days,
                       "cost_image": outcome.cost / float(outcome.load.images.sum()), "used": float(busy / total)}
 
@@ -371,8 +388,10 @@ def study(
     on_progress: Callable[[int, int], None] = lambda done, total: None,  # called with the settings done and their total
 ) -> dict[str, Any]:  # "load", "setting", its "workers" over time, "grid", "front", "recommendation", "ratio" of costs
     "Simulate a setting and a grid around it; raises `PlanError` for a goal that is not understood."
-    name, outcome = parse_goal(goal)[0] if goal else "wait_p95", simulate(base, load)
-    base_report, reports = report(outcome), grid(base, load, values, on_progress) if values else []
+    name = parse_goal(goal)[0] if goal else "wait_p95"
+    outcome = simulate(base, load)
+    base_report = report(outcome)
+    reports = grid(base, load, values, on_progress) if values else []
     best = recommend([*reports, base_report], goal) if goal else None
     described = {"requests": len(load.arrivals), "days": load.days, "seconds": float(load.seconds.mean()),
                  "images": float(load.images.sum())}
@@ -390,7 +409,8 @@ def plot(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, name = figure.subplots(), parse_goal(result["goal"])[0] if result["goal"] else "wait_p95"
+    axes = figure.subplots()
+    name = parse_goal(result["goal"])[0] if result["goal"] else "wait_p95"
     recommended = [result["recommendation"]] if result["recommendation"] else []
     for reports, style, label in ((result["grid"], ".", "settings"), (result["front"], "o-", "Pareto front"),
                                   ([result["setting"]], "D", "given setting"), (recommended, "*", "recommended")):
