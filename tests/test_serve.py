@@ -105,6 +105,7 @@ def test_handler_file_names_a_wrong_setting():
     (["generate", "x", "-n", "many"], "Input should be a valid integer"),
     (["serve", "--port", "99999"], "less than or equal to 65535"),
     (["coldstart", "--plot", "start.jpg"], "start.jpg should be a .png or .svg file"),
+    (["plan", "--plot", "nowhere/front.png"], "front.png should be a .png or .svg file in a folder that exists"),
     (["coldstart", "--repeat", "0"], "greater than or equal to 1"),
     (["coldstart", "--against", "us"], "'us' is not one of 'naive'"),
 ])
@@ -113,10 +114,12 @@ def test_wrong_arguments_are_named(arguments, message):
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured():
+@pytest.mark.parametrize("command", ["coldstart", "plan"])
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(command):
     code = ("import importlib.util as util, sys; find = util.find_spec\n"
             "util.find_spec = lambda name: None if name == 'matplotlib' else find(name)\n"
-            "from sdworker.cli.main import app; app(['coldstart', '--plot', 'start.svg'])")
+            "from sdworker.cli.main import app; "
+            f"app(['{command}', '--plot', 'start.svg'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "sdworker[notebooks]" in done.stderr
 

@@ -59,6 +59,15 @@ def bar(
         task = progress.add_task("loading", total=None)
         yield lambda done, total, now=label: progress.update(task, description=now, completed=done, total=total)
 
+# %% ../../nbs/9_cli/01_reports.ipynb #c4ec4ed0
+def _checked_plot(plot: Path | None) -> Path | None:
+    "Refuse a plot that cannot be drawn, before anything is measured or simulated."
+    if plot and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
+        raise typer.BadParameter(f"{plot} should be a .png or .svg file in a folder that exists.")
+    if plot and not find_spec("matplotlib"):
+        raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.")
+    return plot
+
 # %% ../../nbs/9_cli/01_reports.ipynb #0dc9dec8
 @app.command()
 def coldstart(
@@ -68,7 +77,8 @@ def coldstart(
     engine: Annotated[Literal["auto", "aot", "diffusers"] | None, typer.Option(
         help="Engine of our worker; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the waterfall into this .png or .svg file.")] = None,
+    plot: Annotated[Path | None, typer.Option(
+        callback=_checked_plot, help="Draw the waterfall into this .png or .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Measure starts of the worker, from exec to the first picture, and show where the seconds went.
@@ -81,11 +91,6 @@ def coldstart(
 
         SDWORKER_LOAD=lazy sdworker coldstart --plot lazy.svg
     """
-    if plot and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
-        raise typer.BadParameter(f"{plot} should be a .png or .svg file in a folder that exists.", param_hint="--plot")
-    if plot and not find_spec("matplotlib"):
-        raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.",
-                                 param_hint="--plot")
     with plain_errors():
         report = _coldstart(repeat, against, engine, warm, plot, shown=not as_json and sys.stderr.isatty())
     if as_json:
@@ -104,10 +109,11 @@ def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool,
     from sdworker.lab import coldstart as lab
 
     workers = 2 if against else 1
-    starts = (repeat + warm) * workers + repeat  # warm: one more of each; and `import torch` alone each time
-    done = count(1)  # ends above `starts` if the cache cannot be emptied: all starts are warm then
+    rounds = repeat + 1 if warm else repeat  # of warm starts, the first round is not counted
+    starts = rounds * workers + repeat  # after each counted round a process imports torch and does nothing else
+    number = count(1)  # of a start; ends above `starts` if the cache cannot be emptied: all starts are warm then
     with bar(shown, "starting workers") as on_step:
-        report = lab.coldstart(repeat, against, not warm, engine, lambda: on_step(next(done), starts))
+        report = lab.coldstart(repeat, against, not warm, engine, lambda: on_step(next(number), starts))
     if plot:
         lab.plot(report, plot)
     return report
@@ -191,7 +197,8 @@ def plan(
     gpu: Annotated[str, typer.Option(help="For price and seconds of an image; such as A4000, 4090.")] = "4090",
     values: Annotated[Literal["none", "default"], typer.Option("--grid", help="Simulate 60 settings too.")] = "none",
     goal: Annotated[str, typer.Option(help="Limit, such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
-    plot: Annotated[Path | None, typer.Option(help="Draw cost and latency into this .png or .svg file.")] = None,
+    plot: Annotated[Path | None, typer.Option(
+        callback=_checked_plot, help="Draw cost and latency into this .png or .svg file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Simulate an endpoint: how long people wait, and what is paid.
