@@ -68,7 +68,7 @@ FAULTS = {
     "a GPU that is full": ("memory", "fail", "0.01 GB are free",
                            GPU.format(cuda=12080, free=6e6, capability=(8, 9)), {}),
     "xformers without a GPU": ("attention", "warn", "not used: no CUDA device", "", {"SDWORKER_PROFILE": "guide"}),
-    "no bytecode": ("bytecode", "warn", "have no bytecode", "", {"PYTHONDONTWRITEBYTECODE": "1",
+    "no bytecode": ("bytecode", "warn", "modules without bytecode", "", {"PYTHONDONTWRITEBYTECODE": "1",
                                                                  "PYTHONPYCACHEPREFIX": "/nowhere"}),
     "a load that begins with the first job": ("start", "warn", "waits for the whole load", "",
                                               {"SDWORKER_LOAD": "lazy"}),

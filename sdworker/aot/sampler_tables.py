@@ -43,7 +43,8 @@ def make_table(
     **timestep_kwargs: Any,  # further arguments of the scheduler's `set_timesteps`
 ) -> Table:  # with a row per step
     "Compute a scheduler's weights for a number of steps. Raises `ValueError` if a step is no such weighted sum."
-    random, module = torch.Generator().manual_seed(0), sys.modules[type(scheduler).__module__]  # its noise is replaced
+    random = torch.Generator().manual_seed(0)
+    module = sys.modules[type(scheduler).__module__]  # the scheduler's module; its `randn_tensor` is replaced below
     scheduler.set_timesteps(steps, **timestep_kwargs)
     flow_matching = not hasattr(scheduler, "scale_model_input")  # then nothing is scaled
     previous, rows = [torch.zeros(1, 1, 1, _RUNS)] * 2, []
@@ -68,7 +69,8 @@ _RUNS = 2048  # elements of a random tensor; each is a run of its own
 def _solve(terms: np.ndarray, result: np.ndarray, scheduler: Any) -> np.ndarray:
     "The weights with which the terms add up to the result, by least squares; 0 for a term of zeros."
     square = terms.T @ terms
-    weights = np.linalg.solve(square + np.diag(np.diag(square) == 0), terms.T @ result)
+    square += np.diag(np.diag(square) == 0)  # 1 on the diagonal for a term of zeros: otherwise the matrix is singular
+    weights = np.linalg.solve(square, terms.T @ result)
     if not np.abs(terms @ weights - result).max() <= 1e-5 * max(1.0, np.abs(result).max()):
         raise ValueError(f"a step of {type(scheduler).__name__} is no weighted sum of latents, denoiser, the step "
                          "before and noise.")

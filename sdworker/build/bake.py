@@ -63,8 +63,9 @@ def parse_addons(
     addons = []
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         match = re.fullmatch(r"(\w+)=([\w.-]+/[\w.-]+)@([0-9a-f]{40})(?::([\w./-]+))?", entry)
-        path = match[4] or "" if match else ""
-        if not match or (path and not stays_inside(path)) or (match[1] == "lora") != path.endswith(".safetensors"):
+        path = (match[4] or "") if match else ""
+        is_file = path.endswith(".safetensors")  # as a LoRA must be, and a component must not
+        if not match or (path and not stays_inside(path)) or is_file != (match[1] == "lora"):
             raise ModelError(f"the add-on {entry!r} is not understood; it should be like vae=owner/name@commit or "
                              "lora=owner/name@commit:file.safetensors, with a full commit.", lasting=True)
         addons.append(AddOn(*match.groups(default="")))
@@ -83,7 +84,7 @@ def _addon_files(addon: AddOn, classes: dict[str, str], variant: str) -> list[Mo
         if addon.path not in files:
             raise ModelError(f"{addon.repository} has no file {addon.path} at {addon.revision}.", lasting=True)
         return [replace(files[addon.path], file=f"loras/{Path(addon.path).name}")]
-    classes = classes | {"refiner": "UNet2DConditionModel"}  # its other components are the base model's
+    classes = classes | {"refiner": "UNet2DConditionModel"}  # only this component of a refiner is taken
     if addon.name not in classes:
         raise ModelError(f"the model has no component {addon.name}; there can be {', '.join(classes)}.", lasting=True)
     folder = addon.path or ("unet" if addon.name == "refiner" else ".")
@@ -146,7 +147,8 @@ def _baked_before(to: Path, identity: dict, on_progress: Callable[[int, int], No
     except ModelError:
         if read_json(to / MANIFEST).get("repository") != identity["repository"]:
             raise
-        return _resume_from(to)
+        _resume_from(to)
+        return None
     if changed := [name for name in identity if manifest[name] != identity[name]]:
         raise ModelError(f"{to} holds a model with {', '.join(f'{name} {manifest[name]!r}' for name in changed)}, and "
                          f"{', '.join(f'{name} {identity[name]!r}' for name in changed)} is requested; choose "
@@ -155,7 +157,8 @@ def _baked_before(to: Path, identity: dict, on_progress: Callable[[int, int], No
         verify(to, on_progress=on_progress)
         return manifest
     except ModelError:
-        return _resume_from(to)
+        _resume_from(to)
+        return None
 
 def _resume_from(to: Path) -> None:
     set_writable(to, True)

@@ -57,7 +57,7 @@ def aot_dirs(
 def packages_in(
     places: Iterable[Path],  # folders, each with a folder for every AOT package
 ) -> list[Path]:  # a folder for each AOT package, for any machine and model
-    "List all AOT packages, except those that another user could have written."
+    "List all AOT packages, except those that every user could have written."
     folders = []
     for place in places:
         try:
@@ -68,7 +68,7 @@ def packages_in(
     return folders
 
 def _ours(path: Path) -> bool:
-    "Whether only root and this user can change a file, since an AOT package is code that will run."
+    "Whether a file is this user's or root's, and not every user can change it: an AOT package is code that will run."
     status = path.stat()
     return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o002
 

@@ -20,6 +20,7 @@ from ..core.checkpoint_files import has_weights, stays_inside
 from ..core.model_info import ModelError
 
 # %% ../../nbs/1_build/02_hub_download.ipynb #2dbd7453
+# groups 1 and 3: the variant, which stands before or after a shard's number (group 2)
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(-\d+-of-\d+)?(?:\.(\w+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
 _TEXT = (".json", ".txt", ".model", ".jinja")  # configurations and vocabularies
@@ -130,13 +131,13 @@ def _with_retries(request: Callable[[], Any], tries: int = 4) -> Any:
     "Repeat a request after 1, 2 and 4 seconds, while the hub answers with a server error (5xx)."
     from huggingface_hub.errors import HfHubHTTPError
 
-    for remaining in reversed(range(tries)):
+    for attempt in range(tries):
         try:
             return request()
         except HfHubHTTPError as error:
-            if not remaining or error.response.status_code < 500:
+            if attempt == tries - 1 or error.response.status_code < 500:
                 raise
-            time.sleep(2 ** (tries - 1 - remaining))
+            time.sleep(2**attempt)
 
 # %% ../../nbs/1_build/02_hub_download.ipynb #3df9d8e9
 def sha256_of(
@@ -151,8 +152,11 @@ def _hash_if_right(path: Path, file: ModelFile) -> str | None:  # its sha256
     if path.stat().st_size != file.bytes:
         return None
     sha256 = sha256_of(path)
-    git = hashlib.sha1(b"blob %d\0" % file.bytes + path.read_bytes()).hexdigest() if file.git else None
-    return sha256 if (file.sha256 or sha256, file.git) == (sha256, git) else None
+    if file.sha256 and file.sha256 != sha256:
+        return None
+    if file.git and file.git != hashlib.sha1(b"blob %d\0" % file.bytes + path.read_bytes()).hexdigest():
+        return None
+    return sha256
 
 # %% ../../nbs/1_build/02_hub_download.ipynb #5d2f794d
 OnBytes = Callable[[int], None]  # called with bytes that have arrived; negative: bytes that were thrown away
@@ -203,8 +207,10 @@ def fetch_one(
     for _ in range(3):
         if part.exists() and part.stat().st_size >= file.bytes:
             on_bytes(part.stat().st_size)
+        elif isinstance(file.origin, Path):  # a file of a local folder
+            _copy(file, part, on_bytes)
         else:
-            (_download if isinstance(file.origin, str) else _copy)(file, part, on_bytes)
+            _download(file, part, on_bytes)
         if sha256 := _hash_if_right(part, file):
             part.rename(final)
             return replace(file, sha256=sha256)

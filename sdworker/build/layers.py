@@ -97,7 +97,7 @@ def split_layers(
             (layer / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).rename(layer / file)
         set_writable(layer, False)
-    return [sum(path.stat().st_size for path in (to / str(k)).rglob("*.*")) for k in range(count)]
+    return [sum(path.stat().st_size for path in (to / str(k)).rglob("*") if path.is_file()) for k in range(count)]
 
 # %% ../../nbs/1_build/06_layers.ipynb #5c379c7e
 def _entry(path: Path, folder: Path, origin: dict) -> dict:

@@ -60,10 +60,11 @@ def _lookup_cache(
     "Check whether a cache holds the requested model with all its files."
     folder = cache / f"models--{settings.model.replace('/', '--')}"
     try:
-        folder = _snapshot(folder, settings.revision) or folder
-        if folder.parent.name != "snapshots":  # `_snapshot` returned None
+        snapshot = _snapshot(folder, settings.revision)
+        if snapshot is None:
             at = f" at {settings.revision}" if settings.revision else ""
             return LookupResult(place, folder, f"it has no {settings.model}{at}")
+        folder = snapshot
         if settings.addons:
             return LookupResult(place, folder, "it has no add-ons")
         check_files_fast(folder)
@@ -75,7 +76,8 @@ def _snapshot(repository: Path, revision: str | None) -> Path | None:
     "The folder of a revision in the hub's cache; without a revision the folder of `main`, or else the only one."
     ref, snapshots = repository / "refs" / (revision or "main"), repository / "snapshots"
     if ref.is_file():
-        return snapshots / ref.read_text().strip()
+        commit = ref.read_text().strip()
+        return snapshots / commit if commit else None
     if revision:
         return snapshots / revision if (snapshots / revision).is_dir() else None
     existing = list(snapshots.iterdir()) if snapshots.is_dir() else []

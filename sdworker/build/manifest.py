@@ -32,7 +32,7 @@ class _Entry(BaseModel):
     repository: str
     revision: str | None  # commit
     license: str | None  # identifier
-    cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes, sha256 of the fetched file
+    cut_from: dict[str, str | int] | None = None  # of a shard: file, bytes, sha256 of what it was cut from
 
 class _Fused(BaseModel):
     "LoRAs that were added into the weights after these had been fetched."
@@ -111,7 +111,7 @@ def _file_error(folder: Path, entry: dict, quick: bool) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error})"
     except ModelError as error:
-        return str(error).split(";")[0]
+        return str(error).split(";")[0]  # without its remedy; `verify` gives another
     return None
 
 def _unlisted_files(folder: Path, manifest: dict) -> list[str]:
@@ -128,12 +128,15 @@ def verify(
 ) -> dict[str, Any]:  # folder, repository, revision, files, bytes, seconds, quick
     "Compare a baked folder with its manifest; raises `ModelError` with the names of files that differ."
     start, folder, manifest = time.perf_counter(), Path(folder), read_manifest(Path(folder))
-    files, errors, done = manifest["files"], [] if quick else _unlisted_files(folder, manifest), 0
+    files, done = manifest["files"], 0
+    errors = [] if quick else _unlisted_files(folder, manifest)
     total = sum(entry["bytes"] for entry in files)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # starts no thread unless it is used
         check = partial(_file_error, folder, quick=quick)
-        for entry, error in zip(files, (map if quick else pool.map)(check, files), strict=True):
-            errors += [error] if error else []
+        results = map(check, files) if quick else pool.map(check, files)
+        for entry, error in zip(files, results, strict=True):
+            if error:
+                errors.append(error)
             done += entry["bytes"]
             on_progress(done, total)
     if errors:

@@ -142,8 +142,10 @@ def _of_bytes(shown: bool, label: str):
     if sys.stderr.isatty():
         with bar(shown, label, of_bytes=True) as on_bytes:
             yield on_bytes
+    elif shown:
+        yield log_every_tenth(lambda line: typer.echo(line, err=True), label)
     else:
-        yield log_every_tenth(lambda line: typer.echo(line, err=True), label) if shown else lambda done, total: None
+        yield lambda done, total: None
 
 # %% ../../nbs/9_cli/02_main.ipynb #ebabd03b
 @app.command()
@@ -264,7 +266,7 @@ def _compile(model_folder: Path | None, name: str | None, device: str | None, sh
 
 @contextmanager
 def _of_steps(shown: bool):
-    "A progress bar, or lines if stderr is no terminal; yields a callback that takes steps done, the total, a label."
+    "A bar if `shown`, or lines if stderr is no terminal; yields a callback that takes steps done, the total, a label."
     if sys.stderr.isatty():
         with bar(shown, "loading") as on_progress:
             yield on_progress

@@ -112,6 +112,7 @@ def check_length(
         raise ModelError(f"{path} has {size} of {expected} bytes; fetch the model again.", lasting=True)
 
 # %% ../../nbs/0_core/05_checkpoint_files.ipynb #db4b8aaf
+# sets of files; a tokenizer has all files of one set
 _VOCABULARY = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
 
 def _small_files(component: Path, class_name: str) -> list[Path]:
@@ -119,7 +120,8 @@ def _small_files(component: Path, class_name: str) -> list[Path]:
     if "Tokenizer" in class_name:
         partial = [files for files in _VOCABULARY if any((component / file).exists() for file in files)]
         complete = [files for files in partial if all((component / file).exists() for file in files)]
-        return [component / file for file in (*(complete or partial or _VOCABULARY)[0], "tokenizer_config.json")]
+        vocabulary = (complete or partial or _VOCABULARY)[0]  # if none is complete, `check_files` names what is missing
+        return [component / file for file in (*vocabulary, "tokenizer_config.json")]
     if "Scheduler" in class_name:
         return [component / "scheduler_config.json"]
     processor = "Processor" in class_name or "Extractor" in class_name

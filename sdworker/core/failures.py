@@ -154,7 +154,7 @@ def _installed(package: str) -> bool:
         return False
 
 # %% ../../nbs/0_core/07_failures.ipynb #fbf79673
-_CONTEXT = 0.5e9  # bytes that CUDA itself takes (context, kernels, workspaces); a guess, since none was measured
+_CONTEXT = 0.5e9  # bytes that CUDA itself takes at least (context, kernels, workspaces); a guess
 
 def _memory_error(model: ModelInfo, device: str, dtype: str, error: Exception, quantized: bool) -> ModelError:
     "An error with the bytes needed, the bytes that exist, and the settings that fit."
@@ -162,7 +162,8 @@ def _memory_error(model: ModelInfo, device: str, dtype: str, error: Exception, q
     needed = sum(sizes.values()) * (2 if dtype == "float32" else 1)
     text = f"the weights of {model.name} take {needed / 1e9:.3g} GB in {dtype}"
     text += ", less with SDWORKER_QUANTIZE" if quantized else ""
-    if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)  # also under offloading
+    # with a GPU too the machine's own memory can fill up, for example when weights are offloaded to it
+    if device != "cuda" or any(isinstance(cause, MemoryError) or "CPUAllocator" in str(cause)
                                for cause in causes(error)):
         return ModelError(f"{text}, and this machine has no memory left; give it more, or choose a smaller model.")
     try:

@@ -27,9 +27,10 @@ DISTILLED = {
 }
 
 # %% ../../nbs/0_core/03_families.ipynb #3f1e6a02
-VAE_LEVELS = {  # key of the list of levels in a VAE's configuration (the first that exists) -> levels that do not halve
-    "block_out_channels": 1, "temperal_downsample": 0, "encoder_block_out_channels": 1}
-LOAD = {"add_watermarker": False, "processor": None}  # for `from_pretrained`; Qwen2.5-VL's processor needs torchvision
+# The list of levels has one of these names in a VAE's configuration; the number says how many levels do not halve.
+VAE_LEVELS = {"block_out_channels": 1, "temperal_downsample": 0, "encoder_block_out_channels": 1}
+# Arguments for `from_pretrained`: no watermark, and no processor of Qwen2.5-VL, since it needs torchvision.
+LOAD = {"add_watermarker": False, "processor": None}
 
 def flux_text_length(
     denoiser: Mapping[str, Any],  # its configuration
@@ -79,7 +80,7 @@ class Family:
 # %% ../../nbs/0_core/03_families.ipynb #a8674e71
 _QWEN = {"guidance_argument": "true_cfg_scale", "needs_negative": True, "step_cache": "taylorseer", "grows": True}
 
-FAMILIES = {
+FAMILIES = {  # class -> name, model, licence, billions of parameters, steps, guidance, and other facts by name
     "StableDiffusionPipeline": Family(
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML Open RAIL-M", 1.07, 30, 7.5,
         side=512, samplers="noise", staged=True, step_cache="deepcache", compiles=True, gpu_dtype="float16",

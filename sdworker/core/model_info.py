@@ -96,7 +96,8 @@ def vae_scale(
     if "vae" not in read_json(folder / "model_index.json"):
         return 8  # as nearly all models have
     path, levels = folder / "vae" / "config.json", family.vae_levels
-    name = next((name for name in levels if name in read_json(path)), next(iter(levels)))
+    found = [name for name in levels if name in read_json(path)]
+    name = (found or list(levels))[0]  # none found: `read_entry` raises an error that names the first
     return 2 ** (len(read_entry(path, name, list)) - levels[name])
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4aaeccd5
@@ -112,7 +113,8 @@ def read_model_info(
     defaults = read_json(overrides) if overrides.exists() else {}
     side = (read_entry(config, "sample_size", int) * scale if "sample_size" in read_json(config) else
             defaults.get("side", family.side))
-    return ModelInfo(name or folder.name, folder, pipeline, denoiser, family, side, math.lcm(8, scale * family.patch),
+    multiple = math.lcm(8, scale * family.patch)  # 8: pipelines such as SDXL's require it, whatever their VAE
+    return ModelInfo(name or folder.name, folder, pipeline, denoiser, family, side, multiple,
                      defaults.get("steps", family.steps), defaults.get("guidance", family.guidance))
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4ab3626b

@@ -29,7 +29,7 @@ SAMPLERS = {  # name in a request -> diffusers' class, and changes of the model'
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-# `Family.samplers` -> samplers that a request may name; "noise": for models that predict noise; "": for all others
+# `Family.samplers` -> the samplers that a request may name: for models that predict noise all, for others none
 SAMPLER_GROUPS = {"noise": tuple(SAMPLERS), "": ()}
 
 # %% ../../nbs/0_core/06_schedulers.ipynb #87a5db5e
@@ -37,7 +37,8 @@ OTHER_NAMES = {
     "K_EULER": "euler", "K_EULER_ANCESTRAL": "euler_a", "DPMSolverMultistep": "dpmpp_2m",
     "DPMSolverSinglestep": "dpmpp_2s", "KLMS": "lms", "LMS": "lms", "LMSDiscrete": "lms", "HeunDiscrete": "heun",
     "KarrasDPM": "dpmpp_2m_karras", "Euler ancestral": "euler_a", "DPM2 ancestral": "dpm2_a", "PLMS": "pndm",
-} | {class_name: name for name, (class_name, _) in reversed(SAMPLERS.items())}
+} | {class_name: name for name, (class_name, _)
+     in reversed(SAMPLERS.items())}  # a class of several samplers gets the first of them, which is set last
 STAND_INS = {"lms": "euler"}  # known sampler that is not in the table -> the one used instead
 
 def _plain(name: str) -> str:

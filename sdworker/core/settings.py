@@ -55,7 +55,8 @@ def quantized_parts(
 ) -> dict[str, str]:  # component -> format; "denoiser" stands for the UNet or the transformer
     "Parse the components to quantize and the format of each; raises `ValueError` for text that is not understood."
     formats = {}
-    for entry in text.split(",") if text != "off" else ():
+    entries = [] if text == "off" else text.split(",")
+    for entry in entries:
         name, _, number_format = entry.strip().rpartition("=")
         if number_format not in QUANTIZED or (name and not name.isidentifier()):
             raise ValueError("should be off, int8, fp8 or nf4, or a list such as denoiser=nf4,text_encoder_2=int8")

@@ -182,7 +182,7 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return (labels == counts.argmax()) & mask, sizes
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #e1f62fde
-STRAY = 20  # pixels of other colours in one piece, or of the shape's colour outside the shape, that are tolerated
+STRAY = 20  # most pixels in one piece of other colours; also most pixels of the shape's colour outside the shape
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     "Background colour, shape colour, and each pixel's share of the shape colour; None if one of them is unclear."
@@ -236,11 +236,13 @@ def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     if not sizes or sum(sizes[1:]) > STRAY:
         return None, None
     outlines = {shape: _outline(share * _grown(piece), shape) for shape in SHAPES}
-    (second, _), (best, shape) = sorted((_overlap(share, drawn), shape) for shape, (_, drawn) in outlines.items())[-2:]
+    overlaps = sorted((_overlap(share, drawn), shape) for shape, (_, drawn) in outlines.items())
+    best, shape = overlaps[-1]
+    second, _ = overlaps[-2]
     half, drawn = outlines[shape]
     size = "small" if half <= 17 else "large" if half >= 20 else None  # small is drawn up to 15, large from 22
-    # inside the outline and not covered, or outside and covered
-    wrong = (share < 0.75) & ~_grown(drawn <= 0.5) | (share > 0.25) & ~_grown(drawn > 0.5)
+    inside, outside = ~_grown(drawn <= 0.5), ~_grown(drawn > 0.5)  # without two pixels on each side of the edge
+    wrong = inside & (share < 0.75) | outside & (share > 0.25)
     clear = best >= OVERLAP and best - second >= MARGIN and wrong.sum() <= OFF
     return size, shape if clear else None
 

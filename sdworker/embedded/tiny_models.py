@@ -29,8 +29,8 @@ def _clip(projected: bool = False) -> dict[str, Any]:
     "CLIP, with the embedded model's tokenizer."
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    config = CLIPTextConfig(**_SMALL, vocab_size=601, bos_token_id=599, eos_token_id=600, pad_token_id=600,
-                            projection_dim=16)  # token ids of the embedded model's tokenizer
+    ids = {"bos_token_id": 599, "eos_token_id": 600, "pad_token_id": 600}  # of the embedded model's tokenizer
+    config = CLIPTextConfig(**_SMALL, **ids, vocab_size=601, projection_dim=16)
     return {"text_encoder": (CLIPTextModelWithProjection if projected else CLIPTextModel)(config),
             "tokenizer": CLIPTokenizer.from_pretrained(EMBEDDED, subfolder="tokenizer")}
 
@@ -72,9 +72,9 @@ def _qwen_vl() -> dict[str, Any]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = _byte_tokenizer()
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in (
-        ("image_token", "image_pad"), ("video_token", "video_pad"), ("vision_start_token", "vision_start"),
-        ("vision_end_token", "vision_end"))}
+    id_of = tokenizer.convert_tokens_to_ids
+    ids = {"image_token_id": id_of("<|image_pad|>"), "video_token_id": id_of("<|video_pad|>"),
+           "vision_start_token_id": id_of("<|vision_start|>"), "vision_end_token_id": id_of("<|vision_end|>")}
     return {"tokenizer": tokenizer, "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config={**_SMALL, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "bos_token_id": 0,
                      "eos_token_id": 0, "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}},

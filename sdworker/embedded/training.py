@@ -153,7 +153,8 @@ def training_prompt(
         words = (rng.choices(ascii_lowercase, k=rng.randint(2, 8)) for _ in range(rng.randint(1, 6)))
         return " ".join(map("".join, words))
     if chance < 0.13:
-        scene = replace(scene, **dict.fromkeys(rng.sample(ATTRIBUTES, rng.randint(1, 3))))
+        left_out = rng.sample(ATTRIBUTES, rng.randint(1, 3))
+        scene = replace(scene, **dict.fromkeys(left_out, None))
     return phrase(scene, rng)
 
 # %% ../../nbs/7_embedded/02_training.ipynb #6f178727
@@ -198,7 +199,8 @@ def velocity_loss(
                                  added_cond_kwargs={"text_embeds": pooled * keep.view(n, 1), "time_ids": sizes}).sample
     error = (prediction - alpha.sqrt() * noise + (1 - alpha).sqrt() * latents).square().mean(dim=(1, 2, 3))
     signal_to_noise = (alpha / (1 - alpha)).flatten()
-    return (error * (6 / (signal_to_noise + 1)).clamp(max=1)).mean()
+    weight = (6 / (signal_to_noise + 1)).clamp(max=1)  # 1 up to a ratio of 5, then less and less
+    return (error * weight).mean()
 
 # %% ../../nbs/7_embedded/02_training.ipynb #0d6f03c7
 def make_scheduler() -> EulerDiscreteScheduler:  # with v-prediction

@@ -56,7 +56,7 @@ def build_pipeline(
                 _unknown_preset(settings, model)]
     if engine.refine and settings.compile != "off":
         warnings.append(f"SDWORKER_COMPILE is {settings.compile!r}, which is not used for the refiner.")
-    for pipe in (*([engine.refine.pipe] if engine.refine else []), engine.pipe):
+    for pipe in [engine.refine.pipe, engine.pipe] if engine.refine else [engine.pipe]:
         warnings += [use_attention(pipe, settings.attention, device, dtype),
                      use_memory(pipe, settings.vae_decode, settings.offload, settings.channels_last, device)]
     engine.warnings = list(dict.fromkeys(filter(None, warnings)))
@@ -67,7 +67,8 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
     "The setting that excludes compiled code of the denoiser; empty: none."
     if settings.step_cache > 1 or quantized:
         return "SDWORKER_STEP_CACHE" if settings.step_cache > 1 else "SDWORKER_QUANTIZE"
-    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):  # not in the cache
+    # the cache is filled with both settings at their defaults
+    if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
 

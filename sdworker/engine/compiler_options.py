@@ -22,7 +22,10 @@ def architecture(
     instructions = torch.backends.cpu.get_cpu_capability()
     modern = platform.machine() in ("x86_64", "AMD64") and instructions.startswith("AVX")
     host = "x86-64-v3" if modern else f"{platform.machine()} {instructions}"
-    return "sm_{}{} on ".format(*torch.cuda.get_device_capability()) + host if device == "cuda" else host
+    if device != "cuda":
+        return host
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor} on {host}"
 
 # %% ../../nbs/2_engine/13_compiler_options.ipynb #5cf1f342
 def host_options(

@@ -69,7 +69,8 @@ def load_pipeline(
     has_fp16 = any(".fp16" in path.name for path in weight_files(model.folder))
     index = read_json(model.folder / "model_index.json")
     extra = {name: None for name in UNUSED if name in index}
-    accepted = signature(getattr(diffusers, model.pipeline, dict).__init__).parameters
+    pipeline_class = getattr(diffusers, model.pipeline, None)  # None: diffusers has no such class
+    accepted = signature(pipeline_class.__init__).parameters if pipeline_class else {}
     extra |= {name: value for name, value in model.family.load.items() if name in accepted}
     extra |= {"quantization_config": quantization} if quantization else {}
     try:
@@ -81,7 +82,8 @@ def load_pipeline(
         raise load_error(model, device, dtype, error, quantized=bool(quantization)) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # pipelines without `upcast_vae` call their VAE in half precision
-    for name in {key.partition(".")[0] for key in weights or {}} - built.keys():
+    given = {key.partition(".")[0] for key in weights or {}}  # components
+    for name in given - built.keys():  # those read from files, since `weights` has only some of their tensors
         _assign(getattr(pipe, name), _weights_of(name, weights))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -145,7 +147,7 @@ def encode_prompts(
         [spec.prompt for spec in specs], device=pipe._execution_device, num_images_per_prompt=1,
         do_classifier_free_guidance=guided, negative_prompt=[spec.negative_prompt for spec in specs])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded = dict(zip(names, embeddings, strict=False))
+    encoded = dict(zip(names, embeddings, strict=False))  # Stable Diffusion 1.x and 2.x return only the first two
     if guided and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         empty = [k for k, spec in enumerate(specs) if not spec.negative_prompt]
         for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
@@ -184,11 +186,12 @@ def denoise(
     # with guidance these hold the negative and the positive half; where guidance ends early, the first is dropped
     to_halve = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
                 if name in pipe._callback_tensor_inputs] if 0 < params.guided_steps < params.steps else []
+    guided_share = params.guided_steps / params.steps  # some samplers have more timesteps than steps
     def report(call_pipe, step, timestep, tensors):
         if on_step:
             on_step(step + 1, call_pipe.num_timesteps)
         if to_halve and call_pipe.do_classifier_free_guidance and (
-                step + 1 >= params.guided_steps / params.steps * call_pipe.num_timesteps):
+                step + 1 >= guided_share * call_pipe.num_timesteps):
             call_pipe._guidance_scale = 1.0  # which is how the pipeline knows whether there is guidance
             return {name: tensor.chunk(2)[1] for name, tensor in tensors.items()}
         return {}

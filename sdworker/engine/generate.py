@@ -115,8 +115,9 @@ def draw(
         params = replace(params, refiner_start=_default_refiner_start(engine, params))
     engine, warnings = engine.route(params, min(max_batch, len(specs)))
     def draw_batch(batch: Sequence[ImageSpec]) -> None:
-        for picture in _draw_batch(engine, batch, params, timings, on_step and (lambda done, total: on_step(
-                len(pictures) * total + done * len(batch), len(specs) * total))):
+        def report(done, total):  # steps of this batch; `on_step` gets steps times images
+            on_step(len(pictures) * total + done * len(batch), len(specs) * total)
+        for picture in _draw_batch(engine, batch, params, timings, report if on_step else None):
             pictures.append(picture)
             on_picture(picture)
     batch_sizes = BATCH_SIZES.setdefault(engine, BatchSizes())
@@ -125,11 +126,12 @@ def draw(
 
 # %% ../../nbs/2_engine/03_generate.ipynb #ed7c9d5f
 def _default_refiner_start(engine: Engine, params: SamplingParams) -> float:
-    "Return 0.8 if a refiner can take part (no picture; guidance in all steps or in none; a step for the base), or 1."
-    default, refiner = replace(params, refiner_start=0.8), getattr(engine, "refine", None)
-    suits = (refiner and params.mode == "txt2img" and params.guided_steps in (0, params.steps)
-             and refiner.split(default)[0])  # the base model has at least one step
-    return default.refiner_start if suits else 1.0
+    "Return 0.8 if the engine has a refiner that can draw with these parameters, or 1."
+    refiner, start = getattr(engine, "refine", None), 0.8
+    suits = (refiner and params.mode == "txt2img"
+             and params.guided_steps in (0, params.steps)  # guidance in all steps or in none
+             and refiner.split(replace(params, refiner_start=start))[0])  # the base model has at least one step
+    return start if suits else 1.0
 
 @device_guard()
 def _draw_batch(engine: Engine, batch: Sequence[ImageSpec], params: SamplingParams, timings: Timings,

@@ -41,11 +41,14 @@ def _adapter(pipe: "DiffusionPipeline", name: str) -> Iterator[tuple[str, torch.
     "The tensors of an adapter, each with its layer, such as 'unet.conv_in'."
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for component, part in pipe.components.items():
-        for layer, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
+    models = {component: part for component, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for component, part in models.items():
+        for layer, module in part.named_modules():
             if isinstance(module, BaseTunerLayer):
-                yield from ((f"{component}.{layer}", tensor) for key, tensor in module.named_parameters()
-                            if key.split(".")[0] != "base_layer" and key.split(".")[1] == name)  # lora_A.NAME.weight
+                for key, tensor in module.named_parameters():  # "base_layer.weight", "lora_A.NAME.weight"
+                    kind, owner = key.split(".")[:2]
+                    if kind != "base_layer" and owner == name:
+                        yield f"{component}.{layer}", tensor
 
 def _lora_tensors(pipe: "DiffusionPipeline", path: Path) -> dict[str, torch.Tensor]:
     "The low-rank matrices in a file, by diffusers' names. Raises `ModelError` for what diffusers would load wrongly."
@@ -53,6 +56,7 @@ def _lora_tensors(pipe: "DiffusionPipeline", path: Path) -> dict[str, torch.Tens
         if dora := [key for key in file.keys() if "dora_scale" in key]:  # diffusers ignores it
             raise ModelError(f"{path} holds {dora[0]} and is a DoRA, which diffusers cannot load; leave it out.",
                              lasting=True)
+    # a pipeline with a UNet always returns alphas too; of the others, some do so if asked
     options = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {"return_alphas": True}
     state = type(pipe).lora_state_dict(str(path), use_safetensors=True, local_files_only=True, **options)
     state, alphas = state if isinstance(state, tuple) else (state, {})
@@ -68,10 +72,13 @@ def _misfit(pipe: "DiffusionPipeline", tensors: Mapping[str, torch.Tensor]) -> s
     modules = {f"{component}.{name}": module for component, part in pipe.components.items()
                if isinstance(part, torch.nn.Module) for name, module in part.named_modules()}
     matrices: Counter[str] = Counter()  # by layer; A and B make two
-    for key, tensor in ((key, tensor) for key, tensor in tensors.items() if "lora" in key):
+    for key, tensor in tensors.items():
+        if "lora" not in key:
+            continue
         # the name of the layer's module, from diffusers' key
         layer = re.split(r"[._]lora", key.replace(".processor", "").replace(".text_model.", "."))[0]
         layer = re.sub(r"self_attn\.to_(\w+)$", r"self_attn.\1_proj", layer)
+        # `to_out` of an attention is a list, whose first module has the weight
         weight = next((modules[name].weight for name in (layer, f"{layer}.0") if hasattr(
             modules.get(name), "weight")), None)
         side = 0 if "lora_B" in key or ".up." in key else 1  # B has the layer's outputs, A its inputs
@@ -218,14 +225,14 @@ class Refiner:
                  specs: "Sequence[ImageSpec]",  # one for each image
                  params: SamplingParams,  # `steps`: base and refiner together; `refiner_start`, 0..1: base's share
                  on_step: OnStep | None = None,  # called with steps done and steps in all
-                 ) -> torch.Tensor:  # latents (n, 4, height / 8, width / 8)
+                 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
         "Denoise with the base, then with the refiner; raises `Unsuited` if no step is left to the base."
         (n_base, n_refiner), start = self.split(params), params.refiner_start
         if not n_base:
             raise Unsuited(f"refiner_start is {start:g}, which leaves the base no step of {n_refiner}: give more.")
         if not n_refiner:
             return denoise(self.base, encoded, specs, params, on_step)
-        def counted_from(before: int) -> OnStep:  # Heun takes one more step where it is split
+        def counted_from(before: int) -> OnStep:  # `min`: Heun may take one step more than `split` counts
             return lambda done, _: on_step and on_step(min(before + done, n_base + n_refiner), n_base + n_refiner)
         random = generators(specs)  # for both: a second set would repeat the first noise
         latents = denoise(self.base, encoded, specs, params, counted_from(0), denoising_end=start, generator=random)

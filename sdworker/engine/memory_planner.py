@@ -174,8 +174,10 @@ def _encoder_call(encoder: torch.nn.Module, shape: CallShape, max_tokens: int) -
 def _vae_call(vae: Any, shape: CallShape, mode: str) -> Callable[[], Any]:
     "A call of a VAE: decode latents, and encode the picture that an edit model reads."
     use_vae(vae, mode)
-    frames = (1,) * ("z_dim" in vae.config)  # Qwen-Image's is a video VAE
-    channels, side = vae.config.z_dim if frames else vae.config.latent_channels, SOURCE_SIDE * _scale(vae)
+    for_video = "z_dim" in vae.config  # Qwen-Image's VAE; its tensors have one more dimension, the frames
+    frames = [1] if for_video else []
+    channels = vae.config.z_dim if for_video else vae.config.latent_channels
+    side = SOURCE_SIDE * _scale(vae)
     blank = partial(torch.empty, device="meta", dtype=vae.dtype)
     latents = blank(shape.batch, channels, *frames, shape.rows, shape.columns)
     picture = blank(1, 3, *frames, side, side)
@@ -183,8 +185,9 @@ def _vae_call(vae: Any, shape: CallShape, mode: str) -> Callable[[], Any]:
 
 def _scale(vae: Any) -> int:
     "Pixels per latent, in width and in height."
-    name = next(name for name in VAE_LEVELS if name in vae.config)
-    return 2 ** (len(vae.config[name]) - VAE_LEVELS[name])
+    name = next(name for name in VAE_LEVELS if name in vae.config)  # of the list of levels
+    halvings = len(vae.config[name]) - VAE_LEVELS[name]  # VAE_LEVELS: how many levels do not halve the side
+    return 2**halvings
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #55300e33
 @lru_cache(maxsize=256)  # a plan computes the same calls repeatedly
@@ -231,11 +234,14 @@ def needed(
     peaks = activations(parts, way, width, height, guided, edits)
     if way.offload == "none":
         return sum(map(bytes_of, parts.values())) + max(peaks.values())
-    # with offloading, a component's weights on the GPU: all of them, or those of its largest layer
-    resident = {name: bytes_of(part) if way.offload == "model" else max(
-        sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters(recurse=False))
-        for layer in part.modules()) for name, part in parts.items()}
-    return max(resident[name] + peaks[name] for name in parts)
+    # with offloading, the GPU holds all weights of one component, or those of one layer
+    resident = bytes_of if way.offload == "model" else _largest_layer
+    return max(resident(part) + peaks[name] for name, part in parts.items())
+
+def _largest_layer(part: torch.nn.Module) -> int:
+    "The bytes of the weights of a component's largest layer."
+    return max(sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters(recurse=False))
+               for layer in part.modules())
 
 # %% ../../nbs/2_engine/07_memory_planner.ipynb #777e660e
 def meta_components(
@@ -259,7 +265,7 @@ def meta_components(
 
 def _as_loaded(part: torch.nn.Module, dtype: str) -> torch.nn.Module:
     torch.nn.Module.to(part, getattr(torch, dtype))  # diffusers' own `to` logs a warning for each component
-    float32_names = part._keep_in_fp32_modules or () if dtype == "float16" else ()
+    float32_names = (part._keep_in_fp32_modules or ()) if dtype == "float16" else ()
     for name, layer in part.named_modules():
         if name.rpartition(".")[2] in float32_names:
             layer.float()
@@ -280,9 +286,9 @@ def ways(
 ) -> Sequence[Way]:  # the one that adds the least time first
     "All ways to carry out a call, the cheapest first."
     plain, sliced = Way(batch), Way(batch, "sliced")
-    smaller = [Way(max(batch >> k, 1), "tiled") for k in range(1, batch.bit_length())]  # a half, a quarter, ... 1
+    smaller = [Way(batch // 2**k, "tiled") for k in range(1, batch.bit_length())]  # a half, a quarter, ... down to 1
     single = Way(1, "tiled")
-    return [plain, *[sliced] * (batch > 1), replace(plain, vae_decode="tiled"), *smaller,
+    return [plain, *([sliced] if batch > 1 else []), replace(plain, vae_decode="tiled"), *smaller,
             replace(single, offload="model"), replace(single, offload="sequential")]
 
 def plan(
@@ -297,9 +303,9 @@ def plan(
     "The cheapest way of drawing that fits a GPU. Raises `NotComputed`."
     tried = []
     for way in ways(batch):
-        tried.append((way, needed(parts, way, width, height, guided, edits)))
-        if fits := tried[-1][1] + SPARE <= gpu_bytes:
-            break
-    else:
-        tried.sort(key=lambda one: -one[1])  # none fits: the smallest comes last
-    return Plan(*tried[-1], fits)
+        needs = needed(parts, way, width, height, guided, edits)
+        if needs + SPARE <= gpu_bytes:
+            return Plan(way, needs, fits=True)
+        tried.append((needs, way))
+    needs, way = min(reversed(tried), key=lambda one: one[0])  # none fits: the smallest, of equal ones the last
+    return Plan(way, needs, fits=False)

@@ -48,7 +48,7 @@ def use_memory(
     if device != "cuda":
         log.warning("offload not used: no CUDA device")
         return f"{warning} SDWORKER_OFFLOAD is {offload!r}, which is not used: no CUDA device.".strip()
-    pipe.reset_device_map()
+    pipe.reset_device_map()  # diffusers raises an error if a pipeline with a device map is offloaded
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
     return warning
 

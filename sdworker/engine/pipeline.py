@@ -44,6 +44,7 @@ def same_components_as(
     import diffusers
 
     pipeline_class = getattr(diffusers, class_name)
+    # without this SDXL's pipelines add an invisible watermark where its package is installed
     available = {"add_watermarker": False, **pipe.config, **pipe.components}
     parameters = inspect.signature(pipeline_class.__init__).parameters
     other = pipeline_class(**{name: available[name] for name in parameters if name in available})
@@ -63,9 +64,9 @@ def arguments(
         "prompt": [spec.prompt for spec in specs], "width": params.width, "height": params.height,
         "num_inference_steps": params.steps, family.guidance_argument: params.guidance, "output_type": "pt",
         "generator": generators(specs)}
-    negative_prompts = [spec.negative_prompt or " " for spec in specs]
+    negative_prompts = [spec.negative_prompt or " " for spec in specs]  # blank: none
     if family.negative and params.guidance > family.unguided and (
-            family.needs_negative or set(negative_prompts) != {" "}):
+            family.needs_negative or any(text != " " for text in negative_prompts)):
         kwargs["negative_prompt"] = negative_prompts
     if family.edits:
         if params.mode == "inpaint":
@@ -99,6 +100,7 @@ def run_pipeline(
     if length := family.text_length(denoiser_of(scheduled).config):
         kwargs["max_sequence_length"] = length
     accepted = inspect.signature(scheduled.__call__).parameters
+    # where the class does not take guidance or steps, these values are left out, and any others are refused
     defaults = {family.guidance_argument: family.guidance, "num_inference_steps": family.steps}
     for name in ("image", "mask_image", "negative_prompt", *defaults):
         if name in kwargs and name not in accepted and kwargs[name] != defaults.get(name):
@@ -149,6 +151,7 @@ def class_defaults(
     accepted = inspect.signature(pipe.__call__).parameters
     defaults = {field: accepted[name].default for field, name in (
         ("steps", "num_inference_steps"), ("guidance", model.family.guidance_argument)) if name in accepted}
+    # a value of the model that is not the family's default comes from the model's folder, and is kept
     return replace(model, **{field: value for field, value in defaults.items() if isinstance(value, int | float)
                              and getattr(model, field) == getattr(model.family, field)})
 
@@ -195,7 +198,7 @@ class FamilyEngine(DiffusersEngine):
         return self, self.warnings
 
     def encode(self, specs, params):
-        for pipe in (*([self.refine.pipe] if self.refine else []), self.pipe):  # last: shared parts keep its hooks
+        for pipe in [self.refine.pipe, self.pipe] if self.refine else [self.pipe]:  # shared parts get the last's hooks
             pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
         return super().encode(specs, params) if self._staged(params) else {}
 
@@ -242,9 +245,9 @@ class QwenVLProcessor:
         from transformers import BatchFeature
 
         features = self.pictures(images=images, return_tensors=return_tensors)
-        patches = (features["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
+        squares = (features["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
         marked = []
-        for one, count in zip(text, patches, strict=True):
+        for one, count in zip(text, squares, strict=True):
             before, _, after = one.partition(self.MARK)
             marked.append(before + self.MARK * count + after.replace(self.MARK, " "))  # marks in the client's text
         return BatchFeature({**self.tokenizer(marked, padding=padding, return_tensors=return_tensors), **features})

@@ -34,13 +34,15 @@ class DeepCache:
 
     def reset_step_cache(self, steps: int) -> None:  # calls of the denoiser for the new picture
         "Start a new picture: drop the outputs of the last one."
-        self.step, self.first, self.size = 0, math.ceil(self.warmup * steps), None  # `first`: steps of the warm-up
+        self.step, self.warmup_steps, self.size = 0, math.ceil(self.warmup * steps), None
         self.outputs.clear()
 
     def _next(self, unet: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         "Decide before each step whether the deep blocks are computed."
-        resized, self.size = inputs[0].shape != self.size, inputs[0].shape
-        self.fresh = resized or self.step <= self.first or (self.step - self.first) % self.every == 0
+        resized = inputs[0].shape != self.size
+        since_warmup = self.step - self.warmup_steps  # negative during the warm-up
+        self.fresh = resized or since_warmup <= 0 or since_warmup % self.every == 0
+        self.size = inputs[0].shape
         self.step += 1
 
     def _around(self, forward: Callable) -> Callable:

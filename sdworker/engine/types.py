@@ -70,7 +70,7 @@ class Request(BaseModel):
     image: Image.Image | None = None  # RGB; to begin from, or to edit
     mask_image: Image.Image | None = None  # of the size of `image`; its white part is drawn anew
     strength: float | None = Field(None, gt=0, le=1)  # share of the noise that `image` gets; None: 0.6, with a mask 1
-    refiner_start: float | None = Field(None, gt=0, le=1)  # share of the noise before a refiner draws; None: 0.8 or 1
+    refiner_start: float | None = Field(None, gt=0, le=1)  # noise share before a refiner; None: 0.8, or 1 if none draws
 
     @property
     def noise_share(self) -> float:

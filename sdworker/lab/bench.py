@@ -44,7 +44,7 @@ from ..engine.generate import BATCH_SIZES, OutOfMemory, generate
 from ..engine.memory_planner import SPARE, Way, bytes_of, meta_components, needed, peak_bytes
 from ..engine.torch_compile import fill_cache
 from ..engine.types import Drawn, Engine
-from .coldstart import sdxl_sized
+from .coldstart import write_random_model
 from .quality import SWITCHES, Switch, compare_to_baseline, draw_pairs, engine_with
 from ..serve.image_io import encode
 from ..serve.request import advice, parse_request
@@ -103,8 +103,9 @@ def timings(
             engine, arguments = engines[name]
             drawn[name].append(generate(engine, PROMPT, seed=1, n=n, max_batch=n, **arguments))
         took = compare(partial(draw, "ours"), partial(draw, "theirs"), repeat, warmup=0)
-        too_large = [halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn]
-        rows[str(n)] = next(filter(None, too_large), None) or (
+        halves = [halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn]
+        too_large = [found for found in halves if found]
+        rows[str(n)] = too_large[0] if too_large else (
             took | {"stages": {name: _stages(each) for name, each in drawn.items()}})
     return rows
 
@@ -223,6 +224,8 @@ def _state(part: Path) -> dict[str, Any]:
     earlier = json.loads(part.read_text(encoding="utf-8")) if part.exists() else state
     if same_kind(earlier["machine"], state["machine"]):
         state |= {name: earlier.get(name, {}) for name in ("done", "failed")}
+        # "doing": the row that ran when the last process ended. It failed, unless "cut_at" is past:
+        # then the end of the call may have cut it off
         if (current := earlier.get("doing")) and time.time() < (current.get("cut_at") or float("inf")):
             _failed(state, current["row"], "the process that measured it ended" + (
                 f"; it is ended after {current['limit']:.0f} s" if current["limit"] else ""))
@@ -267,7 +270,8 @@ def run(
             state["missing"][name] = f"takes about {expected:.0f} s, and {max(remaining, 0):.0f} s are left"
             continue
         limit = min(3 * expected, remaining + 15)
-        cut_at = time.time() + limit if limit < 3 * expected and not first else None  # a later call has more time
+        # a row that the end of the call cuts off has not failed; the first row has: it had the whole call's time
+        cut_at = time.time() + limit if limit < 3 * expected and not first else None
         first = False
         on_progress(len(state["done"]), len(suite), name)
         _write(part, state | {"doing": {"row": name, "of": len(suite), "limit": limit, "cut_at": cut_at}})
@@ -321,7 +325,8 @@ def supervise(
             interrupted = process.poll() is None
             process.kill()
             process.wait()
-            if interrupted and part.exists() and (now := part.read_bytes()) != before:  # its row has not failed
+            # the row of the interrupted process has not failed; an unchanged file has no row of this process yet
+            if interrupted and part.exists() and (now := part.read_bytes()) != before:
                 _write(part, {name: value for name, value in json.loads(now).items() if name != "doing"})
         if process.returncode in (0, 3):
             return process.returncode == 0
@@ -356,6 +361,7 @@ def cpu_suite(
     turns: Mapping[int, int] = {1: 5, 4: 3},  # measurements of each row, by images in one call
 ) -> dict[str, Callable[[], Any]]:  # measurements by name
     "The suite for a processor."
+    # the profile "fast" changes no setting, so it is the plain pipeline
     return {
         "plain": lambda: {"peak": peak_memory(Switch())},
         **{f"switch {name}": partial(_measured, switch, n, turns) for name, switch in SWITCHES.items()},
@@ -419,10 +425,11 @@ class _Bed:
         "Load and draw; returns the engine and the peak on the GPU in bytes, None if the batch was halved."
         cuda = self.device == "cuda"
         if cuda:
-            self.plain()
+            self.plain()  # loaded before the count begins, so that it is not counted
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        before, engine = torch.cuda.memory_allocated() if cuda else 0, build()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        engine = build()
         drawn = generate(engine, PROMPT, seed=1, n=n, max_batch=n, **self.both | request)
         one_call = not halved(drawn, n, self.both["steps"])
         return engine, torch.cuda.max_memory_allocated() - before if cuda and one_call else None
@@ -625,12 +632,12 @@ def again(
 # %% ../../nbs/8_lab/05_bench.ipynb #0943059d
 def _recorded(suite: str, tiny: bool, rows: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return write_result(path, {"suite": suite, "tiny": tiny, "rows": rows},
-                        f"sdworker bench --suite {suite}{' --tiny' * tiny}: every switch interleaved with the "
+                        f"sdworker bench --suite {suite}{' --tiny' if tiny else ''}: every switch interleaved with the "
                         "plain pipeline, medians")
 
 def _bench_cpu(path: Path, tiny: bool, only: str,
                on_progress: Callable[[int, int, str], None]) -> dict[str, Any] | None:
-    rows = cpu_suite(*(4, {1: 1, 4: 1}) * tiny)  # as a test: four pairs, timed once
+    rows = cpu_suite(4, {1: 1, 4: 1}) if tiny else cpu_suite()  # as a test: four pairs, timed once
     with TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
         if only:
             return again(path, rows, only, on_progress)
@@ -658,7 +665,7 @@ def _bench_gpu(path: Path, device: str, tiny: bool, minutes: float, model: Path 
     with TemporaryDirectory() as scratch:
         if model is None and not tiny:
             on_progress(0, 1, "writing random weights")
-            sdxl_sized(model := Path(scratch, "model"))
+            write_random_model(model := Path(scratch, "model"))
 
         def begin(minutes: float) -> subprocess.Popen:
             arguments = json.dumps([str(model or EMBEDDED), device, tiny, str(path), minutes])
@@ -676,10 +683,10 @@ def bench(
     minutes: float = 9,  # of the GPU suite; rows that would take longer are left to the next call
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,  # rows done, all rows, current row
     only: str = "",  # of the processor's suite: measure rows with this in their names again, in the existing record
-    model: Path | None = None,  # of the GPU suite: a folder from `sdxl_sized`; None: write one, which takes a minute
+    model: Path | None = None,  # of the GPU suite: from `write_random_model`; None: write one, which takes a minute
 ) -> tuple[dict[str, Any] | None, Path]:  # the record and its file; or None and the file for `missing`: call again
     "Run or continue a suite, and record it. Raises `ModelError` without a GPU, or if `only` matches no row."
-    path = to / f"bench-{suite}{'-tiny' * tiny}.json"
+    path = to / f"bench-{suite}{'-tiny' if tiny else ''}.json"
     if only and suite != "cpu":
         raise ModelError(f"only is {only!r}, which is for the cpu suite; leave it out.")
     if suite == "cpu":
@@ -696,13 +703,14 @@ def table(
     record: Mapping[str, Any],  # from `bench`
 ) -> list[tuple[str, ...]]:  # headings, then a row for each measured switch and profile
     "A record as a table; times and memory as ratios to the plain pipeline's on the same machine and date."
-    lines = [("", "time, 1", "4 at once", "memory", "dB", "SSIM", "right", "as promised")]
+    lines = [("", "time, 1", "4 at once", "memory", "dB", "SSIM", "right", "passed")]
     for name, one in record["rows"].items():
         if not name.startswith(("switch ", "profile ")) or "time" not in one:
             continue
         ratios = [f"{took['ratio']:.2f}" if "ratio" in took else "out of memory" if took else ""
                   for took in (one["time"].get(n, {}) for n in ("1", "4"))]
-        peak, plain = one.get("peak"), one.get("of", record["rows"]).get("plain", {}).get("peak")
+        origin = one.get("of", record["rows"])  # a row that was measured again has its own plain figures
+        peak, plain = one.get("peak"), origin.get("plain", {}).get("peak")
         lines.append((name.removeprefix("switch "), *ratios,
                       f"{peak / plain:.2f}" if plain and peak else f"{peak / 1e9:.1f} GB" if peak else "",
                       f"{one['psnr']:.0f}", f"{one['ssim']:.3f}" if "ssim" in one else "",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from itertools import cycle, product
+from itertools import count, cycle, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,8 +33,8 @@ from sdworker.lab.coldstart import (
     libraries,
     median_run,
     naive_worker,
-    sdxl_sized,
     torch_alone,
+    write_random_model,
 )
 
 if TYPE_CHECKING:  # torch is imported late: while a process has its files mapped, no start finds them uncached
@@ -151,7 +151,7 @@ def same_pictures(
     agree = total = 0
     for (width, height), sampler, part in filter(lambda task: task[2], tasks):  # a share may be empty
         prompts, seeds = zip(*part, strict=True)
-        drawn = [generate(engine, prompts, seed=seeds, width=width, height=height, sampler=sampler or None).pictures
+        drawn = [generate(engine, prompts, seed=seeds, width=width, height=height, sampler=sampler).pictures
                  for engine in (ours, theirs)]
         for one, other in zip(*drawn, strict=True):
             decibels = min(psnr(one.image, other.image), 99.0)  # the PSNR of equal pictures is infinite
@@ -184,22 +184,22 @@ print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)  # resident p
 
 def _resident(
     model: Path,  # its folder
-    aot_engine: Path | None,  # its AOT package; None: the diffusers engine alone
+    package: Path | None,  # its AOT package; None: the diffusers engine alone
     side: int,  # pixels of the picture
 ) -> int:  # bytes
     "The resident memory of a process that has drawn a picture with each of its engines."
-    process = subprocess.run([sys.executable, "-c", RESIDENT, str(model), str(aot_engine or ""), str(side)],
+    process = subprocess.run([sys.executable, "-c", RESIDENT, str(model), str(package or ""), str(side)],
                              capture_output=True, text=True, check=True)
     return int(process.stdout.split()[-1])
 
 def both_in_memory(
     model: Path,  # its folder
-    aot_engine: Path,  # its AOT package
+    package: Path,  # its AOT package
     side: int = 32,  # pixels of the picture
 ) -> dict[str, float]:  # bytes; "code": of the AOT package; "ratio": ("both" - "code") / "diffusers"
     "Compare the memory of both engines with that of the diffusers engine alone."
-    alone, both = _resident(model, None, side), _resident(model, aot_engine, side)
-    code = sum(path.stat().st_size for path in aot_engine.iterdir())
+    alone, both = _resident(model, None, side), _resident(model, package, side)
+    code = sum(path.stat().st_size for path in package.iterdir())
     return {"weights": sum(path.stat().st_size for path in weight_files(model)), "diffusers": alone, "both": both,
             "code": code, "ratio": (both - code) / alone}
 
@@ -246,7 +246,7 @@ def _suite(
 ) -> dict[str, Any]:  # "bake", "starts", "memory", "images", "compile"
     "Write a model with random weights, and compare the AOT engine with the diffusers engine and `torch.compile` on it."
     model, aot_dir = scratch / "model", scratch / "aot"
-    sdxl_sized(model, shapes)
+    write_random_model(model, shapes)
     on_progress(0, 4, "baking")
     bake = baked(model, aot_dir)
     folder = Path(bake.pop("folder"))  # a record has no paths of the machine
@@ -262,7 +262,7 @@ def _suite(
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #4a33854b
 def against_diffusers(
     model: Path,  # its folder
-    aot_engine: Path,  # its AOT package
+    package: Path,  # its AOT package
     device: str,  # "cpu" or "cuda"
     side: int,  # pixels
     steps: int,  # denoising steps
@@ -278,7 +278,7 @@ def against_diffusers(
     from sdworker.engine.types import ImageSpec, SamplingParams
 
     model_info, params, specs = read_model_info(model), SamplingParams(side, side, steps, 3.0), [ImageSpec("a star", 1)]
-    ours, compiled = AotEngine(model_info, aot_engine, device), {}
+    ours, compiled = AotEngine(model_info, package, device), {}
     diffusers_engine = DiffusersEngine(model_info, device, ours.dtype)
     if compiler:
         diffusers_engine.pipe.unet = torch.compile(diffusers_engine.pipe.unet, backend=compiler, dynamic=False)
@@ -317,9 +317,9 @@ def _embedded(scratch: Path, repeat: int, on_progress: Callable[[int, int, str],
     on_progress(0, 1, "baking")
     bake = baked("embedded", scratch / "aot")
     folder, report = Path(bake.pop("folder")), {"bake": bake}
-    done = iter(range(1, 3 * repeat + 4))  # with a warm cache there is one round more, of three starts
+    number = count(1)  # of each start
     report["starts"] = starts("embedded", folder.parent, repeat, 64,
-                              on_start=lambda: on_progress(next(done), 3 * repeat, "starting workers"))
+                              on_start=lambda: on_progress(next(number), 3 * repeat, "starting workers"))
     from sdworker.aot.engine import AotEngine
     from sdworker.engine.diffusers_pipeline import DiffusersEngine
     from sdworker.engine.types import SamplingParams
@@ -331,11 +331,11 @@ def _embedded(scratch: Path, repeat: int, on_progress: Callable[[int, int, str],
                                                     repeat=9)
                         for side in (64, 128)}
 
-    def count(pairs: int) -> None:
+    def add_pairs(pairs: int) -> None:
         nonlocal drawn
         drawn += pairs
         on_progress(drawn, 700, "drawing pairs")  # 100 for each of 4 samplers and of 3 further sizes
-    report["gate"] = same_pictures(aot_engine, diffusers_engine, on_progress=count)
+    report["gate"] = same_pictures(aot_engine, diffusers_engine, on_progress=add_pairs)
     return report
 
 # %% ../../nbs/8_lab/06_bench_aot.ipynb #2c2ce7eb

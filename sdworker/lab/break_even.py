@@ -40,6 +40,7 @@ def measure_mode(
 ) -> dict[str, float]:  # seconds: "prepare" (until compiled code draws), "image" (median)
     "Measure one mode in this process, with one image in a call. Raises `RuntimeError` if it cannot be used."
     model = read_model_info(EMBEDDED, "embedded")
+    # the two AOT modes are switches of the same names; the other modes are values of SDWORKER_COMPILE
     engine = (engine_with(SWITCHES[mode], model) if mode in SWITCHES else
               build_pipeline(defaults(compile=mode, max_batch=1), model))
     seconds = compile_before_jobs(engine) if mode in COMPILED else 0.0

@@ -39,7 +39,7 @@ from sdworker.lab.gpu_report import (
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00005
 def verdict(
     part: Mapping[str, Any],  # of a record
-) -> str:  # "passed", "failed", "measured" (there is nothing to pass) or "left out", with the reason if it did not pass
+) -> str:  # "passed", "failed", "measured" (there is nothing to pass) or "left out"; with its reason, if any
     "The outcome of a check, in a few words."
     if "result" not in part:
         return f"failed: {part['error'][:160]}" if "error" in part else f"left out: {part['left_out']}"
@@ -181,9 +181,9 @@ def attention(
     import torch
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    from sdworker.engine.attention import probe
+    from sdworker.engine.attention import why_no_xformers
 
-    xformers = {dtype: probe(setup.device, dtype) or "works" for dtype in formats(setup)}
+    xformers = {dtype: why_no_xformers(setup.device, dtype) or "works" for dtype in formats(setup)}
     # batch, tokens, heads, channels of a head
     q = torch.randn(2, 64 if setup.dry else 4096, 10, 64, device=setup.device).to(getattr(torch, formats(setup)[0]))
     seconds: dict[str, Any] = {}
@@ -211,7 +211,7 @@ def worker(
     odd: bool = False,  # whether a last job of three images without guidance is added
     **environment: str,  # the worker's variables, besides the device
 ) -> dict[str, Any]:  # "passed", "errors" and "timings" by job, "first answer" and "beside drawing" (seconds), ...
-    "Start a worker on the real SDK; report the outcome of its jobs, and the time of a job that is not drawing."
+    "Start a worker on the real SDK; report the outcome of its jobs, and the median time of a job besides drawing."
     from sdworker.lab.queue_server import run_workers
 
     limit = min(limit, setup.seconds_left())
@@ -265,13 +265,15 @@ def needed(n):
     return torch.cuda.max_memory_allocated()
 if torch.cuda.is_available():
     two, eight = needed(2), needed(8)
-    room, results["needed"] = two + (eight - two) // 3, {"2": two, "8": eight}  # room for four
+    results["needed"] = {"2": two, "8": eight}
+    room = two + (eight - two) // 3  # for four images: two, and two more of the other six
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if way == "fraction":
         torch.cuda.set_per_process_memory_fraction(room / total)
     else:
-        filler = torch.empty(max(free + torch.cuda.memory_reserved() - room, 1), dtype=torch.uint8, device="cuda")
+        available = free + torch.cuda.memory_reserved()  # all that this process has or can still get
+        filler = torch.empty(max(available - room, 1), dtype=torch.uint8, device="cuda")
 else:
     from sdworker.engine.pipeline import FamilyEngine
     denoise = FamilyEngine.denoise
@@ -424,15 +426,16 @@ def refiner_offload(
             engine = build_pipeline(defaults(offload=offload), model, setup.device, formats(setup)[0])
             if setup.dry and engine.warnings:
                 return {"not_used": " ".join(engine.warnings)}
-            # three calls: offloading must also work after the first
-            images[offload] = [generate(engine, "a red star", seed=7, n=2).pictures[k].image for k in (0, 1, 0)]
+            # three calls of two pictures: offloading must also work after the first call
+            images[offload] = [picture.image for _ in range(3)
+                               for picture in generate(engine, "a red star", seed=7, n=2).pictures]
             results[offload] = {"warning": " ".join(engine.warnings), "psnr": min(
                 min(psnr(*both), 99.0) for both in zip(images[offload], images["none"], strict=True))}
     return {"passed": all(one["psnr"] >= 40 and not one["warning"] for one in results.values()), **results}
 
 # %% ../../nbs/8_lab/10_gpu_checks.ipynb #97b00048
 def families(
-    setup: Setup,  # its scratch folder gets a pytest plugin that sets the tests' variables
+    setup: Setup,  # its scratch folder gets a pytest plugin that sets variables; tests/conftest.py deletes SDWORKER_*
     limit: float = 260,  # seconds
     names: Sequence[str] = (),  # of tests; default: all
     **environment: str,  # further variables that the plugin sets
@@ -472,7 +475,7 @@ def checks(
     report = Report(setup, "gpu-check", only)
     def run(name: str, check: Callable[..., Any], *arguments: Any, needs: float = 5, limit: float = math.inf,
             dry: bool = True, **named: Any) -> None:
-        if dry or not setup.dry or only:  # `dry`: the check also runs dry; compilers take minutes on a processor
+        if dry or not setup.dry or only:  # with dry=False (compilers take minutes) it runs dry only if it is named
             report.part(name, lambda: check(setup, *arguments, **named), min(needs, 5) if setup.dry else needs, limit)
     slow = [name for name in SWITCHES if name.startswith(("compile", "aot"))]
     run("machine", machine_tools)
@@ -482,7 +485,7 @@ def checks(
     run("against the processor", against_processor, limit=90)
     run("alone and in a batch", alone_and_in_a_batch, limit=60)
     run("attention", attention, limit=60)
-    run("worker", worker, needs=20)
+    run("worker", worker, needs=20)  # below with two numbers: seconds until it is stopped, and jobs
     run("doctor", doctor)
     run("memory, fraction", full_memory, "fraction")
     run("memory, filled", full_memory, "filled", dry=False)
@@ -508,8 +511,9 @@ def family_checks(
     only: Sequence[str] = (),  # beginnings of the names of parts; default: all
 ) -> Report:
     "Run the families' tests, in half precision and then in float32 without TF32."
-    report, few = Report(setup, "gpu-families", only), ["a_class_that_diffusers"] if setup.dry else []
-    report.part("half precision", lambda: families(setup, 260, few), needs=40)
-    report.part("float32", lambda: families(setup, setup.seconds_left() - 10, few, SDWORKER_DTYPE="float32",
+    report = Report(setup, "gpu-families", only)
+    tests = ["a_class_that_diffusers"] if setup.dry else []  # a part of one test's name; empty: all tests
+    report.part("half precision", lambda: families(setup, 260, tests), needs=40)
+    report.part("float32", lambda: families(setup, setup.seconds_left() - 10, tests, SDWORKER_DTYPE="float32",
                                             NVIDIA_TF32_OVERRIDE="0"), needs=60)
     return report

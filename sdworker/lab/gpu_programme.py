@@ -90,9 +90,9 @@ def bench_rows(
     if only:
         raise ValueError(f"PART is {only[0]!r}, but rows of the benchmark are measured in their order: leave it out.")
     setup.out.mkdir(parents=True, exist_ok=True)
-    for part in setup.state.glob(".bench-gpu*.part.json"):
-        record = setup.out / f"{part.stem.removesuffix('.part')[1:]}.json"
-        if not (record.exists() or (setup.out / part.name).exists()):
+    for part in setup.state.glob(".bench-gpu*.part.json"):  # rows of earlier calls, which `bench` looks for in `out`
+        complete = setup.out / part.name.removeprefix(".").replace(".part.json", ".json")
+        if not (complete.exists() or (setup.out / part.name).exists()):
             shutil.copy(part, setup.out)
     model = None if setup.dry else sdxl_folder(setup)  # may take a minute of the time that is left
     record, path = bench("gpu", setup.out, setup.device, setup.dry, setup.seconds_left() / 60, model=model,
@@ -195,8 +195,8 @@ def installed_there(
     text: str,  # a line for each package, "name==version" as of `pip freeze`, or "name": any version will do
 ) -> dict[str, str]:  # version by normalized name
     "The packages of the other machine."
-    lines = (line.split("==") for line in text.split())
-    return {canonicalize_name(name): (version or [""])[0].partition("+")[0] for name, *version in lines}
+    lines = (line.partition("==") for line in text.split())
+    return {canonicalize_name(name): version.partition("+")[0] for name, _, version in lines}  # without "+cu130"
 
 def to_carry(
     requirements: Iterable[str],  # such as "torch>=2.10"
@@ -208,7 +208,8 @@ def to_carry(
 
     def of(one: Requirement) -> Iterable[str]:  # notes the package in `carried`, unless it stays behind
         name = canonicalize_name(one.name)
-        if name in LEFT_OUT or (name in there and (not there[name] or one.specifier.contains(there[name], True))):
+        fits = name in there and (not there[name] or one.specifier.contains(there[name], prereleases=True))
+        if name in LEFT_OUT or fits:
             return ()
         if name == "torch":
             raise ValueError(f"torch is {there.get(name, 'missing')} on the other machine, and {one} is needed.")
@@ -341,6 +342,7 @@ def public(
         return {key: public(one) for key, one in value.items() if key not in ("trace", "log", "folder")}
     if isinstance(value, list):
         return [public(one) for one in value]
+    # the folders of absolute paths; a slash inside a relative path or an address (https://...) begins no path
     return re.sub(r"(?<![\w.:/])/(?:[\w.+-]+/)+", ".../", value) if isinstance(value, str) else value
 
 def collect(

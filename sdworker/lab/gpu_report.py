@@ -175,10 +175,13 @@ class _Record:
 def _gpu_is_lost() -> bool:
     "Whether the GPU fails every call in this process, as after a failed assertion in a kernel."
     torch = sys.modules.get("torch")
-    try:  # `synchronize` returns None, or raises
-        return bool(torch and torch.cuda.is_initialized() and torch.cuda.synchronize())
+    if not torch or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
     except RuntimeError:
         return True
+    return False
 
 # %% ../../nbs/8_lab/09_gpu_report.ipynb #97a00022
 class Report(_Record):
@@ -201,7 +204,8 @@ class Report(_Record):
         if remaining < needs:
             print(f"---- {name}: left out, {needs:.0f} s needed, {remaining:.0f} s left")
             self.parts.setdefault(name, {"left_out": f"{needs:.0f} s needed, {remaining:.0f} s left"})
-            return self.write()
+            self.write()
+            return None
         begun = time.perf_counter()
         try:
             with time_limit(min(limit, remaining + 15)):  # the programme interrupts the stage 20 s after its time
@@ -289,7 +293,7 @@ def sdxl_folder(
     folder, partial = setup.scratch / "sdxl", setup.scratch / "sdxl.making"
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)
-        run_script("import sys; from pathlib import Path; from sdworker.lab.coldstart import sdxl_sized; "
-                   "sdxl_sized(Path(sys.argv[1])); print('{}')", 150, str(partial))
+        run_script("import sys; from pathlib import Path; from sdworker.lab.coldstart import write_random_model; "
+                   "write_random_model(Path(sys.argv[1])); print('{}')", 150, str(partial))
         partial.rename(folder)
     return folder

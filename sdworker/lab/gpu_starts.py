@@ -60,6 +60,7 @@ def unpack(
 ) -> Path | None:  # the AOT package's folder; None: there is none, or a piece of it is missing
     "Find the AOT package that was compiled on this machine, or unpack the one that an earlier call has kept."
     packages, pieces = setup.scratch / "aot", list(setup.state.glob("aot-*.tar.xz.*"))
+    # [!.]: the folder of a package that is still being made begins with a dot
     if pieces and not list(packages.glob("[!.]*/aot.json")):
         newest = max(pieces, key=lambda piece: piece.stat().st_mtime)  # pieces of an older archive may be left
         pieces = sorted(setup.state.glob(f"{newest.stem}.*"))

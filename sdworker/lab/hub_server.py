@@ -147,7 +147,8 @@ async def _resolve(hub: Hub, request: web.Request) -> web.StreamResponse:
     headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{repository.sha256.get(name, repository.oid[name])}"'}
     if name not in repository.sha256:
         return await _send(hub, request, name, repository.content[name], headers)
-    address = f"http://localhost:{request.url.port}/cdn/{{owner}}/{{name}}/{{file}}".format(**request.match_info)
+    owner_and_name = "{owner}/{name}".format(**request.match_info)
+    address = f"http://localhost:{request.url.port}/cdn/{owner_and_name}/{name}"
     return web.Response(status=302, headers=headers | {
         "Location": address, "X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(repository.content[name]))})
 

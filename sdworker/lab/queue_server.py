@@ -31,7 +31,7 @@ class WorkerRun:
     workers: dict[str, str] = field(default_factory=dict)  # by job id: the worker that took it
     opened: float = 0.0  # when all workers had requested a job
     log: str = ""  # stdout and stderr of all workers
-    code: int | None = None  # exit code of the first worker that ended by itself
+    code: int | None = None  # exit code of a worker that ended by itself
 
 # %% ../../nbs/8_lab/02_queue_server.ipynb #cf098bfc
 class _WaitingJobs:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
@@ -166,12 +166,13 @@ class _Connection:
         **options: Any,  # of `httpx.Client`
     ):
         self._http = httpx.Client(**connection(endpoint, key) | options)
-        self._method = "POST" if endpoint.startswith("http") else "GET"  # for `_query`
+        self._method = "POST" if endpoint.startswith(("http://", "https://")) else "GET"  # for `_query`
 
     def _query(self, call: str, job: str) -> dict[str, Any]:
+        "Ask about a job; the limit is long, since the SDK's local API draws within a status call."
         return send(self._http, self._method, f"/{call}/{quote(job, safe='')}", seconds=600)
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *about: Any) -> None:
@@ -188,8 +189,8 @@ class Client(_Connection):
         "Put a job into the queue."
         return job_of(send(self._http, "POST", "/run", {"input": payload}))
 
-    def runsync(self, payload: dict[str, Any], seconds: float = 600) -> Job:  # as for `run`; limit for each call
-        "Put a job into the queue and wait until it is done."
+    def runsync(self, payload: dict[str, Any], seconds: float = 600) -> Job:  # payload: as for `run`; seconds: limit
+        "Put a job into the queue and wait until it is done; the limit is for the call, then again for the polling."
         job = job_of(send(self._http, "POST", "/runsync", {"input": payload}, seconds))
         return job if job.done else self.wait(job.id, seconds)
 

@@ -51,7 +51,7 @@ def build_spec(
     if not isinstance(hub, dict):
         raise DeployError("hub.json holds no JSON object.")
     hub = hub | {name: value for name, value in scaling.items() if value is not None}
-    for mistake in mistakes(hub):
+    for mistake in mistakes(hub):  # the first one, if there is any
         raise DeployError(mistake)
     config, values = hub["config"], _values(hub["config"], preset) | dict(env or {})
     for mistake in refused("the endpoint's variables", values):
@@ -122,9 +122,14 @@ def differences(
         current = existing.get(name)
         if isinstance(value, Mapping):
             changes |= {f"{name}.{key}": pair for key, pair in differences(current or {}, value).items()}
-        elif name == "name":
-            changes |= {} if (current or "").removesuffix(" -fb") == value else {name: (current, value)}
-        elif (sorted(current or []) != sorted(value)) if isinstance(value, list) else current != value:
+            continue
+        if name == "name":
+            same = (current or "").removesuffix(" -fb") == value
+        elif isinstance(value, list):
+            same = sorted(current or []) == sorted(value)
+        else:
+            same = current == value
+        if not same:
             changes[name] = (current, value)
     return changes
 
@@ -134,8 +139,10 @@ def change(
 ) -> dict[str, Any]:  # empty: no change
     "Make the body of an update: complete entries, since the API would drop missing parts."
     names = {name.partition(".")[0] for name in differences(existing, body)}
-    merged = {name: body[name] for name in body if name in names}
-    return merged | ({"env": {**existing.get("env", {}), **body["env"]}} if "env" in merged else {})
+    update = {name: body[name] for name in body if name in names}
+    if "env" in update:
+        update["env"] = {**existing.get("env", {}), **body["env"]}  # keeps variables that were set in the console
+    return update
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #d225df51
 @dataclass
@@ -159,12 +166,12 @@ def plan_steps(
     plan = []
     for what, path, body in (("template", TEMPLATES, template(spec)), ("endpoint", ENDPOINTS, endpoint(spec))):
         existing = find(http, path, spec.name) if http else None
-        body |= {"templateId": plan[0].id or NEW} if what == "endpoint" else {}
         if existing is None:
+            if what == "endpoint":
+                body["templateId"] = plan[0].id or NEW
             plan.append(Step(what, "create", path, body))
             continue
-        if what == "endpoint":
-            del body["templateId"]  # the API does not return it
+        if what == "endpoint":  # its copies of the template's entries are compared too
             body |= {name: template(spec)[name] for name in CONTAINER}
         changed = change(existing, body)
         if "type" in changed:

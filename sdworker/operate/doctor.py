@@ -50,7 +50,8 @@ def weights(
     local = locate(settings)
     if local is None:
         return Finding("weights", "warn", f"{settings.model} is not on this machine; the first start fetches it.",
-                       "Bake it, or choose it as the endpoint's cached model: the first worker waits for gigabytes.")
+                       "Bake it, or choose it as the endpoint's cached model; otherwise the first worker waits for "
+                       "gigabytes.")
     if not (local.folder / MANIFEST).exists():
         return ok("weights", f"{local.folder} is complete by a quick check; it has no manifest to compare with.")
     report = verify(local.folder)
@@ -65,7 +66,8 @@ def gpu_facts() -> dict[str, Any]:  # name, driver, cuda, free and memory (bytes
 
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(0)
-        memory, cuda = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlSystemGetCudaDriverVersion()
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        cuda = nvml.nvmlSystemGetCudaDriverVersion()  # 12080 for CUDA 12.8
         name, driver = (text.decode() if isinstance(text, bytes) else text
                         for text in (nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()))
         return {"name": name, "driver": driver, "cuda": (cuda // 1000, cuda % 1000 // 10), "free": memory.free,
@@ -148,7 +150,7 @@ def attention(
     "Check that the requested attention can be used."
     if settings.attention == "sdpa":
         return ok("attention", "PyTorch's own, which was measured to be best.")
-    from sdworker.engine.attention import unfit
+    from sdworker.engine.attention import why_unfit
     from sdworker.engine.memory_planner import NotComputed, meta_components
     from sdworker.start.load import place
 
@@ -158,7 +160,7 @@ def attention(
         denoiser = meta_components(model, dtype)[model.denoiser]
     except NotComputed as error:
         return ok("attention", f"not checked for this family: {error}.")
-    reasons = [reason for name in settings.attention.split("+") if (reason := unfit(denoiser, name, device, dtype))]
+    reasons = [reason for name in settings.attention.split("+") if (reason := why_unfit(denoiser, name, device, dtype))]
     if reasons:
         return Finding("attention", "warn", f"SDWORKER_ATTENTION is {settings.attention!r}, not used: {reasons[0]}.",
                        "Leave it out: PyTorch's own attention replaces xformers.")
@@ -208,7 +210,7 @@ def bytecode(
     "Check that the loaded modules have bytecode."
     missing = [name for name in uncompiled() if name != "__main__"]
     if missing:
-        return Finding("bytecode", "warn", f"{len(missing)} modules have no bytecode, such as {missing[0]}.",
+        return Finding("bytecode", "warn", f"modules without bytecode: {len(missing)}, such as {missing[0]}.",
                        "python -m compileall: without it every start compiles them again.")
     return ok("bytecode", "all loaded modules are compiled.")
 
@@ -218,7 +220,7 @@ def start(
     "Check when the model is loaded."
     if settings.load == "lazy":
         return Finding("start", "warn", "SDWORKER_LOAD is 'lazy': the first job waits for the whole load.",
-                       "SDWORKER_LOAD=background loads while the SDK starts, and takes jobs as early.")
+                       "SDWORKER_LOAD=background loads while the SDK starts, and takes jobs just as early.")
     if settings.load == "eager":
         return Finding("start", "warn", "SDWORKER_LOAD is 'eager': no job is taken until the model is loaded.",
                        "SDWORKER_LOAD=background, unless other workers should take the job meanwhile.")
@@ -277,7 +279,8 @@ def clock(
     "Compare this machine's clock with the bucket server's; without a bucket, with the dates of this package's files."
     installed = max(path.stat().st_mtime for path in Path(sdworker.__file__).parent.rglob("*.py"))
     offset = min(time.time() - installed, 0.0)  # below 0: the files are from the future
-    if not set_and_unset(BUCKET)[1]:
+    _, missing = set_and_unset(BUCKET)
+    if not missing:
         try:
             offset = time.time() - parsedate_to_datetime(_head_bucket().headers["Date"]).timestamp()
         except Exception:
@@ -300,7 +303,7 @@ def costs(
     min_workers, idle = hub.get("minWorkers", 0), hub.get("idleTimeout", 0)
     if min_workers:
         return Finding("costs", "warn", f"hub.json keeps {min_workers} worker(s) always on, also without requests.",
-                       "`sdworker plan` computes for which traffic that pays; minWorkers 0 costs nothing idle.")
+                       "`sdworker plan` computes for which traffic that pays; with 0, an idle endpoint costs nothing.")
     if idle > 60:
         return Finding("costs", "warn", f"hub.json has an idle timeout of {idle} s, and all of it is billed.",
                        "`sdworker plan --grid default` finds the idle timeout for your traffic.")

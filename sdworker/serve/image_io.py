@@ -65,4 +65,5 @@ def save(
     **options: Any,  # of `encode`
 ) -> Path:  # `path`
     "Write a picture to a file, in the format of its name."
-    return write_file(path, encode(image, **{"kind": path.suffix[1:]} | options))
+    options = {"kind": path.suffix[1:]} | options  # a `kind` in the options takes precedence
+    return write_file(path, encode(image, **options))

@@ -135,17 +135,17 @@ def note(
     log.log(level, "job %s%s %s%s", job, ":" if answer else "", text, f": {detail}" if detail else "",
             extra={"figures": figures}, **options)
     with _lock:
-        _sum_up((outcome, seconds, images, timings))
+        _sum_up(outcome, seconds, images, timings)
 
-def _sum_up(counted: tuple) -> None:
+def _sum_up(outcome: str, seconds: float, images: int, timings: Mapping[str, Any]) -> None:
     "Add a job to the tally, and log a summary after every `SDWORKER_LOG_EVERY` jobs."
     try:
         every = get_settings().log_every
     except SettingsError:  # the job's own line has the reason
         every = 0
-    tally = _state["tally"] or Tally(time.monotonic() - counted[1])
+    tally = _state["tally"] or Tally(time.monotonic() - seconds)
     _state["tally"] = tally
-    tally.add(*counted)
+    tally.add(outcome, seconds, images, timings)
     jobs = sum(tally.outcomes.values())
     if every and jobs >= every:
         sums, _state["tally"] = tally.sums(), None

@@ -100,8 +100,10 @@ def _unsuited(request: JobRequest, model: ModelInfo) -> Iterator[str]:
         others = f" but {', '.join(samplers)}" if samplers else ""
         yield (f"scheduler is {request.sampler}: {model.name} has a sampler of its own, and no other{others}; leave "
                "it out.")
-    guidance_ends = request.guidance_stop is not None and request.guidance_stop < 1  # before the last step
-    can_refine = "refiner" in addons_present(model) and not has_image and not (guidance_ends and request.guidance_stop)
+    guidance_stop = 1 if request.guidance_stop is None else request.guidance_stop
+    guidance_ends = guidance_stop < 1  # before the last step
+    # with a refiner, guidance is on in all steps or in none
+    can_refine = "refiner" in addons_present(model) and not has_image and guidance_stop in (0, 1)
     if request.refiner_start and request.refiner_start < 1 and not can_refine:
         yield (f"refiner_start is {request.refiner_start:g}: it is for a model with a refiner (see SDWORKER_ADDONS), "
                "for pictures from noise, and without guidance_stop; leave it out.")
@@ -163,14 +165,14 @@ def parse_request(
     "Check a request and decode its pictures; raises `RequestError` with one sentence about the first mistake."
     if not isinstance(payload, dict):
         raise RequestError('input should be an object, such as {"prompt": "a large red star on a blue background"}.')
+    # half of a surrogate pair, which JSON can spell, is escaped in a field's name
+    fields = {str(name).encode("utf-8", "backslashreplace").decode(): value for name, value in payload.items()}
     try:
-        request = JobRequest.model_validate(  # half of a surrogate pair in a field's name is escaped
-            {str(name).encode("utf-8", "backslashreplace").decode(): value for name, value in payload.items()},
-            by_alias=True, by_name=False)
+        request = JobRequest.model_validate(fields, by_alias=True, by_name=False)
     except ValidationError as error:
         raise RequestError(complaint(error, private=("prompt", "negative_prompt", "image", "mask_image"))) from None
-    for breach in _breaches(request, model, limits):
-        raise RequestError(breach)
+    if first := next(_breaches(request, model, limits), None):
+        raise RequestError(first)
     return _with_pictures(request, model, limits)
 
 # %% ../../nbs/5_serve/02_request.ipynb #6b1044eb

@@ -90,6 +90,7 @@ def disk(
 ) -> Finding:
     "Check the free space of the cache folder and the temporary folder."
     places = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())}
+    # each place, or the nearest folder above it that exists
     existing = {next(folder for folder in (place, *place.parents) if folder.exists()) for place in places}
     free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}  # GB
     fullest = min(free, key=free.get)

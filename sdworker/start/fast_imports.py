@@ -220,7 +220,8 @@ def fast_import_mode(
             setattr(owner, name, value)
         with stub_modules(_stubs(keep)):
             with _one_gpu(torch):
-                getattr(transformers.utils, "is_torch_distributed_available", bool)()  # if it exists, caches its answer
+                if hasattr(transformers.utils, "is_torch_distributed_available"):
+                    transformers.utils.is_torch_distributed_available()  # caches its answer
                 if "peft" in keep:  # peft caches the answer too
                     importlib.import_module("peft")
             yield
