@@ -68,6 +68,8 @@ def _checked_plot(plot: Path | None) -> Path | None:
         raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.")
     return plot
 
+_Plot = Annotated[Path | None, typer.Option(callback=_checked_plot, help="Draw the result into a .png or .svg file.")]
+
 # %% ../../nbs/9_cli/01_reports.ipynb #0dc9dec8
 @app.command()
 def coldstart(
@@ -77,8 +79,7 @@ def coldstart(
     engine: Annotated[Literal["auto", "aot", "diffusers"] | None, typer.Option(
         help="Engine of our worker; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,
-    plot: Annotated[Path | None, typer.Option(
-        callback=_checked_plot, help="Draw the waterfall into this .png or .svg file.")] = None,
+    plot: _Plot = None,  # of the waterfall
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Measure starts of the worker, from exec to the first picture, and show where the seconds went.
@@ -197,8 +198,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="For price and seconds of an image; such as A4000, 4090.")] = "4090",
     values: Annotated[Literal["none", "default"], typer.Option("--grid", help="Simulate 60 settings too.")] = "none",
     goal: Annotated[str, typer.Option(help="Limit, such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
-    plot: Annotated[Path | None, typer.Option(
-        callback=_checked_plot, help="Draw cost and latency into this .png or .svg file.")] = None,
+    plot: _Plot = None,  # of cost and latency
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Simulate an endpoint: how long people wait, and what is paid.

@@ -44,7 +44,7 @@ def scenes() -> list[Scene]:  # every scene with all four attributes, in a fixed
 def _ngon(n: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
     "Corners of a figure with `n` points on alternating radii, the first at the top, scaled to fill the box."
     angle = 2 * np.pi * np.arange(n) / n
-    radius = np.resize(radii, n)
+    radius = np.resize(radii, n)  # the given radii, repeated until there are n
     points = np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
     middle = (points.max(0) + points.min(0)) / 2
     return (points - middle) / (np.ptp(points, axis=0).max() / 2)
@@ -147,6 +147,7 @@ def parse(
     colours = [k for k, word in enumerate(words) if word in COLOURS]  # positions of the colour words
 
     def is_background(k: int) -> bool:
+        # two words, since there may be an article between "on" and the colour
         before = [word for word in words[max(0, k - 2):k] if word not in ("a", "an", "the")]
         return words[k + 1:k + 2] == ["background"] or before[-1:] == ["on"]
     back = next((k for k in colours if is_background(k)), None)
@@ -182,7 +183,7 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return (labels == counts.argmax()) & mask, sizes
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #e1f62fde
-STRAY = 20  # most pixels in one piece of other colours; also most pixels of the shape's colour outside the shape
+STRAY = 20  # tolerated pixels: in one piece of a third colour; of the shape's colour, outside its largest piece
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     "Background colour, shape colour, and each pixel's share of the shape colour; None if one of them is unclear."
@@ -216,6 +217,7 @@ def _outline(share: np.ndarray, shape: str) -> tuple[float, np.ndarray]:
     area, x, y = _centre(share)
     unit_area, unit_x, unit_y = _MOMENTS[shape]
     half = (area / unit_area)**0.5 * 100
+    # `coverage` needs the centre of the bounding box; a triangle's centre of mass, for example, is below it
     return half, coverage(shape, x - (unit_x - 128) * half / 100, y - (unit_y - 128) * half / 100, half)
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -241,10 +243,11 @@ def _size_and_shape(share: np.ndarray) -> tuple[str | None, str | None]:
     second, _ = overlaps[-2]
     half, drawn = outlines[shape]
     size = "small" if half <= 17 else "large" if half >= 20 else None  # small is drawn up to 15, large from 22
-    inside, outside = ~_grown(drawn <= 0.5), ~_grown(drawn > 0.5)  # without two pixels on each side of the edge
-    wrong = inside & (share < 0.75) | outside & (share > 0.25)
+    inside = drawn > 0.5
+    edge = _grown(inside) & _grown(~inside)  # two pixels on each side
+    wrong = ~edge & np.where(inside, share < 0.75, share > 0.25)
     clear = best >= OVERLAP and best - second >= MARGIN and wrong.sum() <= OFF
-    return size, shape if clear else None
+    return size, (shape if clear else None)
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #f4a2c179
 def check(

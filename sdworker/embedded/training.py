@@ -58,8 +58,9 @@ def make_tokenizer() -> CLIPTokenizer:  # cuts prompts to 77 tokens, like CLIP's
         vocab_size=2000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["".join(pair) for pair in merges]
-    entries = [*letters, *(letter + "</w>" for letter in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    pieces = ["".join(pair) for pair in merges]  # words and parts of words
+    # the groups of CLIP's vocabulary: letters, letters that end a word, merged pieces, special tokens
+    entries = [*letters, *(letter + "</w>" for letter in letters), *pieces, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {entry: k for k, entry in enumerate(dict.fromkeys(entries))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
@@ -179,7 +180,7 @@ class Bundle(torch.nn.Module):
              for encoder_class in (CLIPTextModel, CLIPTextModelWithProjection)])
 
 def velocity_loss(
-    bundle: Bundle,  # the networks to train; each is called once
+    bundle: Bundle,  # the networks to train
     tokenizer: CLIPTokenizer,  # of both encoders
     scheduler: EulerDiscreteScheduler,  # for its noise levels
     latents: torch.Tensor,  # (n, 4, 16, 16), unit variance
@@ -338,11 +339,11 @@ def rate_in_use(
 def train(
     to: Path,  # folder of the weights in use
     plan: Plan = Plan(),  # the full run
-    log: Callable[[str], None] = print,  # called with a line at each evaluation
+    log: Callable[[str], None] = print,  # called with a line now and then, at least at each evaluation
 ) -> dict[str, object] | None:  # a record of the run; None: the new weights are not better
     "Train a model from scratch and keep it if it is better than the one in `to`."
     before = rate_in_use(to, plan.watch_pairs)  # first, so that unreadable weights end the run before the training
-    looks, timings = [], Timings()
+    looks, timings = [], Timings()  # looks: the adherence at each evaluation
 
     def watch(step: int, pipe: StableDiffusionXLPipeline):
         rates = watched(pipe, plan.watch_pairs)

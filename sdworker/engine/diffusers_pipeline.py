@@ -105,7 +105,7 @@ def bare_components(
         cls = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
         folder = model.folder / name
         if issubclass(cls, torch.nn.Module):
-            with torch.device("meta"):
+            with torch.device("meta"):  # transformers' classes have a `config_class`, diffusers' do not
                 modules[name] = (cls(cls.config_class.from_pretrained(folder)) if hasattr(cls, "config_class") else
                                  cls.from_config(cls.load_config(folder)))
     return modules
@@ -115,7 +115,8 @@ def _shared_components(model: ModelInfo, weights: Mapping[str, torch.Tensor]) ->
     modules = {}
     for name, module in bare_components(model).items():
         if tensors := _weights_of(name, weights):
-            if {*module.state_dict(), *dict(module.named_buffers())} <= tensors.keys():
+            needed = {*module.state_dict(), *dict(module.named_buffers())}  # names, also of buffers that are in no file
+            if needed <= tensors.keys():
                 _assign(module, tensors)
                 modules[name] = module.requires_grad_(False).eval()
     return modules
@@ -184,8 +185,9 @@ def denoise(
 ) -> torch.Tensor:  # latents (n, channels, height / s, width / s) for a VAE of scale s
     "Run the denoiser, from pure noise by default."
     # with guidance these hold the negative and the positive half; where guidance ends early, the first is dropped
+    ends_early = 0 < params.guided_steps < params.steps
     to_halve = [name for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")
-                if name in pipe._callback_tensor_inputs] if 0 < params.guided_steps < params.steps else []
+                if ends_early and name in pipe._callback_tensor_inputs]
     guided_share = params.guided_steps / params.steps  # some samplers have more timesteps than steps
     def report(call_pipe, step, timestep, tensors):
         if on_step:
@@ -201,7 +203,7 @@ def denoise(
         **encoded, width=params.width, height=params.height, num_inference_steps=params.steps,
         guidance_scale=params.guidance if params.guided_steps else 1.0, output_type="latent",
         callback_on_step_end=report, callback_on_step_end_tensor_inputs=to_halve,
-        **{"generator": generators(specs)} | more).images
+        **{"generator": generators(specs)} | more).images  # `more` may hold other generators, as with a refiner
 
 # %% ../../nbs/2_engine/02_diffusers_pipeline.ipynb #2ab4cee1
 def to_pixels(

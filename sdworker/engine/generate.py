@@ -77,7 +77,7 @@ def in_batches(
 ) -> list[str]:  # for the answer's "warnings"
     "Draw images in batches; one that does not fit is halved, or raises `OutOfMemory` if it is a single image."
     done, failed, failed_now = 0, batch_sizes.smallest_failed(params), False
-    limited = failed is not None and min(max_batch, len(specs)) >= failed
+    limited = failed is not None and min(max_batch, len(specs)) >= failed  # the first batch is known not to fit
     while batch := specs[done:done + (_half(failed) if limited else max_batch)]:
         try:
             draw_batch(batch)
@@ -93,9 +93,11 @@ def in_batches(
                               "SDWORKER_PROFILE=lowmem.")
         limited, failed, failed_now = True, len(batch), True
         batch_sizes.add(params, failed)
+    if not limited:
+        return []
     advice = f"; set SDWORKER_MAX_BATCH to {_half(failed)} to save the attempt" if failed_now else ""
     return [f"{failed} images in one call do not fit into memory, so they are drawn {_half(failed)} at a time"
-            f"{advice}."] if limited else []
+            f"{advice}."]
 
 def _half(images: int) -> int:
     return (images + 1) // 2

@@ -95,12 +95,12 @@ def run_pipeline(
             on_step(step + 1, getattr(pipeline, "num_timesteps", params.steps))
         return {}
     scheduled = copy.copy(pipe)
-    vars(scheduled)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)
+    vars(scheduled)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # setattr imports torch's compiler
     kwargs = arguments(family, specs, params) | {"callback_on_step_end": report}
     if length := family.text_length(denoiser_of(scheduled).config):
         kwargs["max_sequence_length"] = length
     accepted = inspect.signature(scheduled.__call__).parameters
-    # where the class does not take guidance or steps, these values are left out, and any others are refused
+    # arguments that the class does not take: these default values are left out, everything else is refused
     defaults = {family.guidance_argument: family.guidance, "num_inference_steps": family.steps}
     for name in ("image", "mask_image", "negative_prompt", *defaults):
         if name in kwargs and name not in accepted and kwargs[name] != defaults.get(name):
@@ -198,8 +198,8 @@ class FamilyEngine(DiffusersEngine):
         return self, self.warnings
 
     def encode(self, specs, params):
-        for pipe in [self.refine.pipe, self.pipe] if self.refine else [self.pipe]:  # shared parts get the last's hooks
-            pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
+        for owner in [self.refine, self] if self.refine else [self]:  # `self` last: shared parts keep its hooks
+            owner.pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
         return super().encode(specs, params) if self._staged(params) else {}
 
     def denoise(self, encoded, specs, params, on_step=None):
