@@ -96,8 +96,8 @@ def vae_scale(
     if "vae" not in read_json(folder / "model_index.json"):
         return 8  # as nearly all models have
     path, levels = folder / "vae" / "config.json", family.vae_levels
-    found = [name for name in levels if name in read_json(path)]
-    name = (found or list(levels))[0]  # none found: `read_entry` raises an error that names the first
+    present = [name for name in levels if name in read_json(path)]
+    name = (present or list(levels))[0]  # none is there: `read_entry` raises an error that names the first
     return 2 ** (len(read_entry(path, name, list)) - levels[name])
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4aaeccd5

@@ -82,8 +82,8 @@ def load_pipeline(
         raise load_error(model, device, dtype, error, quantized=bool(quantization)) from error
     if dtype == "float16" and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # pipelines without `upcast_vae` call their VAE in half precision
-    given = {key.partition(".")[0] for key in weights or {}}  # components
-    for name in given - built.keys():  # those read from files, since `weights` has only some of their tensors
+    in_weights = {key.partition(".")[0] for key in weights or {}}  # components
+    for name in in_weights - built.keys():  # those read from files, since `weights` has only some of their tensors
         _assign(getattr(pipe, name), _weights_of(name, weights))
     pipe.set_progress_bar_config(disable=True)
     return pipe

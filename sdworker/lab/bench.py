@@ -104,7 +104,7 @@ def timings(
             drawn[name].append(generate(engine, PROMPT, seed=1, n=n, max_batch=n, **arguments))
         took = compare(partial(draw, "ours"), partial(draw, "theirs"), repeat, warmup=0)
         halves = [halved(drawn[name][0], n, engines[name][1].get("steps", ours.model.steps)) for name in drawn]
-        too_large = [found for found in halves if found]
+        too_large = [half for half in halves if half]
         rows[str(n)] = too_large[0] if too_large else (
             took | {"stages": {name: _stages(each) for name, each in drawn.items()}})
     return rows
