@@ -77,8 +77,9 @@ def why_not_opened(
             "cannot use compiled code here, so let the diffusers engine draw.")
 
 # %% ../../nbs/3_aot/04_export.ipynb #cc2b97e8
-# Constants with up to this many elements are kept even if the code does not use them: the pipeline that draws what
-# the AOT engine does not support is built on the same tensors, and needs all of them.
+# Constants with up to this many elements are kept even if the code does not load them, since it may contain their
+# values. The diffusers engine, which draws what the AOT engine does not support, shares the AOT engine's tensors, but
+# reads a component from its files if one tensor of it is missing, however small.
 _FEW = 2**16
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,  # the weights stay in the model's files

@@ -112,7 +112,8 @@ def _coldstart(repeat: int, against: str | None, engine: str | None, warm: bool,
     workers = 2 if against else 1
     rounds = repeat + 1 if warm else repeat  # of warm starts, the first round is not counted
     starts = rounds * workers + repeat  # after each counted round a process imports torch and does nothing else
-    number = count(1)  # of a start; ends above `starts` if the cache cannot be emptied: all starts are warm then
+    # If the cache cannot be emptied, the starts are warm without --warm: one round more than `starts` includes.
+    number = count(1)  # of a start, for the progress bar
     with bar(shown, "starting workers") as on_step:
         report = lab.coldstart(repeat, against, not warm, engine, lambda: on_step(next(number), starts))
     if plot:

@@ -259,9 +259,9 @@ def _warmup_inputs(model: ModelInfo, mode: str) -> list[tuple[str, int]]:
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #972c7978
 def _draw(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None:
-    "Draw two steps for each number of images and each of the sizes that the mode needs."
+    "Draw two steps for each number of images and each of the sizes that the mode needs; a refiner is not compiled."
     for images, (prompt, height) in product(batches, _warmup_inputs(engine.model, mode)):
-        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refiner_start=1.0,
+        generate(engine, [prompt] * images, steps=2, seed=0, max_batch=images, refiner_start=1.0,  # 1: no refiner
                  width=engine.model.side, height=height)
 
 def _compile(engine: DiffusersEngine, mode: str, batches: Sequence[int]) -> None:

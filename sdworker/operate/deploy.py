@@ -274,7 +274,7 @@ def status(
 
 def delete(
     http: httpx.Client,  # at `API`
-    name: str,  # or id
+    name: str,  # or the endpoint's id, while the endpoint exists
 ) -> list[str]:  # the deleted ones, such as "endpoint e1"
     "Delete an endpoint and its template, if they exist; raises `ClientError`."
     deleted = []

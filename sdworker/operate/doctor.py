@@ -306,7 +306,7 @@ def costs(
                        "`sdworker plan` computes for which traffic that pays; with 0, an idle endpoint costs nothing.")
     if idle > 60:
         return Finding("costs", "warn", f"hub.json has an idle timeout of {idle} s, and all of it is billed.",
-                       "`sdworker plan --grid default` finds the idle timeout for your traffic.")
+                       "`sdworker plan --grid default --goal \"p95<30s\"` finds the cheapest setting that holds it.")
     return ok("costs", "no worker is billed for long without requests.")
 
 # %% ../../nbs/6_operate/05_doctor.ipynb #7d7a638f

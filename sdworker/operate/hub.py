@@ -95,14 +95,15 @@ def inputs() -> list[dict[str, Any]]:  # entries of "env"
     "Make an input for every setting that a user may change."
     fields = {name: schema for name, schema in Settings.model_json_schema()["properties"].items()
               if name not in NO_INPUT}
+    shown_first = {name: schema for name, schema in fields.items() if name in SHOWN_FIRST}
     return [{"key": PREFIX + name.upper(), "input": _input(name, schema) | {"advanced": name not in SHOWN_FIRST}}
-            for name, schema in sorted(fields.items(), key=lambda field: field[0] not in SHOWN_FIRST)]
+            for name, schema in (shown_first | fields).items()]
 
 def _input(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     "The Hub's input for a setting."
     default = Settings.model_fields[name].default
     shown = {"name": name.replace("_", " ").capitalize(), "description": schema["description"].replace("`", "")}
-    if name in _OF_PROFILES:  # empty: the profile's value
+    if name in _OF_PROFILES:  # the default is empty, so that the profile's value applies
         choices = [{"label": "as the profile", "value": ""}, *_options(schema)] if "enum" in schema else []
         return shown | {"type": "string"} | ({"options": choices} if choices else {}) | {"default": ""}
     if "enum" in schema:
@@ -135,7 +136,8 @@ CUDA = ("12.8", "12.9", "13.0")  # CUDA versions of drivers that the image's tor
 
 def hub_json() -> dict[str, Any]:  # JSON object
     "Make the content of `hub.json`."
-    disk = 2 * math.ceil(max(model.weights for model in MODELS.values())) + 4  # GB; a fetch needs twice the size
+    # GB: a fetch needs twice the size; 4 to spare
+    disk = 2 * math.ceil(max(model.weights for model in MODELS.values())) + 4
     about = ("Text to image with SDXL: weights verified byte for byte in the image, cold starts measured, and no input "
              "that can stop the worker.")
     config = {"runsOn": "GPU", "gpuCount": 1, "gpuIds": ",".join(GPUS), "containerDiskInGb": disk,
@@ -167,7 +169,7 @@ def write(
         write_file(path, (json.dumps(content, indent=2) + "\n").encode())
     return list(files)
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__" and "__file__" in globals():  # not in this notebook
     print(*write(Path()), sep="\n")
 
 # %% ../../nbs/6_operate/01_hub.ipynb #28531f45

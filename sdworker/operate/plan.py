@@ -79,7 +79,7 @@ def read_trace(
         if not all(names[:2]):
             raise PlanError(f"{path.name} has the columns {', '.join(rows.fieldnames or ())}; it should have arrival "
                             "and seconds, and may have images.")
-        time, seconds, images = names
+        time, seconds, images = names  # images: "" if there is no such column; each row then has one image
         requests = sorted((_moment(row[time], path, line), _number(row[seconds], path, line),
                            _number(row.get(images) or "1", path, line))
                           for line, row in enumerate(rows, 2) if row[seconds])
@@ -162,7 +162,8 @@ class Endpoint:
         seconds: float,  # busy time of the request
     ) -> float:  # seconds
         "Return the time after a request until its worker polls for the next."
-        # the SDK sleeps from the start of a job, and once more if the job takes longer than the sleep
+        # the SDK's sleep begins with the job: after a short job the rest of this sleep remains,
+        # after a longer job the SDK sleeps once more, for the whole time
         return self.poll_seconds if seconds >= self.poll_seconds else self.poll_seconds - seconds
 
 # %% ../../nbs/6_operate/03_plan.ipynb #900dbc37
@@ -176,7 +177,7 @@ class Worker:
     ended: float = math.nan  # seconds since the first request
 
 class _Run:
-    "The state of a simulation."
+    "The state of a simulation; the other methods are defined in the next cells and assigned to this class there."
     def __init__(self, endpoint: Endpoint, load: Load, seed: int):
         self.endpoint, self.load, self.random = endpoint, load, random.Random(seed)
         self.env, self.queue = simpy.Environment(), deque()
@@ -222,8 +223,8 @@ def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
             self.end_after(max(self.endpoint.idle - pause, 0.0), wake)  # the pause counts as idle time
         if (yield wake):  # True: the idle timeout is over; False: there is a request
             break
-    with suppress(ValueError):
-        self.idle_workers.remove(wake)  # unless a request has just taken it
+    with suppress(ValueError):  # a request that arrived at this moment may have removed it already
+        self.idle_workers.remove(wake)
     worker.ended = env.now
     self.up -= 1
     if queue:  # a request that arrived at this moment
