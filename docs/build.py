@@ -37,7 +37,7 @@ def write(name: str, *parts: str) -> None:
 
 
 def sidebar(pages: list[str]) -> str:
-    "What the sidebar shows below a page."
+    "List the pages that the sidebar shows below a page."
     return "\n".join(["```{toctree}", ":hidden:", *pages, "```"])
 
 
@@ -48,7 +48,7 @@ def cards(titles_and_texts: list[tuple[str, str]]) -> str:
 
 
 def group_page(folder: str, title: str, text: str, inside: list[Chapter]) -> tuple[str, str]:
-    "Write the page of a chapter; the card that leads there."
+    "Write the page of a chapter; returns the card that links to it."
     write(f"{folder}/index", f"# {title}", f"> {text}", sidebar([chapter.path.stem for chapter in inside]),
           cards([(f"[{chapter.title}]({chapter.path.name})", chapter.promise) for chapter in inside]))
     links = (f"- [{chapter.title}]({folder}/{chapter.path.name})" for chapter in inside)
@@ -56,7 +56,7 @@ def group_page(folder: str, title: str, text: str, inside: list[Chapter]) -> tup
 
 
 def reference_pages(title: str, text: str, all_chapters: list[Chapter]) -> tuple[str, str]:
-    "Write the reference of each module, and the page that lists them; the card that leads there."
+    "Write each module's reference and the page that lists them; returns the card that links to that page."
     modules = [chapter for chapter in all_chapters if chapter.module]
     for chapter in modules:
         labels = chapters.labels(chapter)

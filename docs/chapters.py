@@ -14,7 +14,7 @@ Targets = dict[str, str]  # a name in backticks -> where it leads
 
 @dataclass
 class Chapter:
-    "What the site has to know of a notebook."
+    "A notebook, with its place in the site."
     path: Path
     cells: list[NbCell]  # without nbdev's directives and what they hide
     title: str
@@ -43,10 +43,10 @@ def read(path: Path, package: Path) -> Chapter:
     return Chapter(path, cells, title[1].strip(), (title[2] or "").strip(), module, source)
 
 
-def name_targets(chapters: list[Chapter], here: Chapter) -> Targets:
-    "Each exported name leads to its reference; of equal names that of `here`, or else the first, is meant."
+def name_targets(chapters: list[Chapter], current: Chapter) -> Targets:
+    "Map each exported name to its reference; of equal names that of `current`, or else the first, is taken."
     targets = {}
-    for chapter in sorted(chapters, key=lambda chapter: chapter is not here):
+    for chapter in sorted(chapters, key=lambda chapter: chapter is not current):
         for name in reference.public(chapter.source):
             target = f"#{chapter.module}.{name}"
             parts = target[1:].split(".")  # sdworker, chapter, module, name
@@ -55,9 +55,10 @@ def name_targets(chapters: list[Chapter], here: Chapter) -> Targets:
     return targets
 
 
-def module_targets(chapters: list[Chapter], here: Chapter) -> Targets:
-    "Each module leads to its notebook."
-    pages = {chapter.module: f"/{chapter.address}" for chapter in chapters if chapter.module and chapter is not here}
+def module_targets(chapters: list[Chapter], current: Chapter) -> Targets:
+    "Map each module to its notebook."
+    pages = {chapter.module: f"/{chapter.address}" for chapter in chapters
+             if chapter.module and chapter is not current}
     return pages | {module.partition(".")[2]: page for module, page in pages.items()}
 
 
@@ -72,12 +73,12 @@ def link(text: str, targets: Targets) -> str:
 
 
 def exported(cell: NbCell) -> dict[str, ast.stmt]:
-    "What a cell defines for the module."
+    "The names that a cell defines for the module."
     return reference.definitions(cell.source) if {"export", "exports"} & cell.directives_.keys() else {}
 
 
 def labels(chapter: Chapter) -> Targets:
-    "What a notebook exports, each with the label of the cell that defines it."
+    "The names that a notebook exports, each with the label of the cell that defines it."
     return {name: f"cell-{cell.id}" for cell in chapter.cells for name in exported(cell)}
 
 

@@ -49,7 +49,7 @@ def resolve(requirements: list[str], *options: str) -> list[Choice]:
 
 
 def unpacked(http: httpx.Client, wheel: PackageWheel) -> int:
-    "What a wheel's files amount to, in bytes. Only its end is fetched, where they are listed."
+    "The size of a wheel's unpacked files, in bytes. Only its end is fetched, where they are listed."
     for tail in (2**16, 2**24):
         with http.stream("GET", wheel.url, headers={"Range": f"bytes={max(0, wheel.size - tail)}-"}) as answer:
             if answer.status_code != 206:  # or all of it would come
@@ -63,7 +63,7 @@ def unpacked(http: httpx.Client, wheel: PackageWheel) -> int:
 
 
 def write(path: Path, choices: list[Choice]) -> Path:
-    "Write a lock beside its place; where."
+    "Write a lock beside its place; returns the temporary file."
     with httpx.Client(follow_redirects=True, timeout=60) as http:
         lines = [f"{package.name}=={package.version} --hash=sha256:{wheel.hashes['sha256']}"
                  f"  # {wheel.size} bytes, unpacked {unpacked(http, wheel)}\n"

@@ -24,7 +24,7 @@ from sdworker.serve.image_io import from_data_uri
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, TOOLS_LOCK, HOME = ROOT / ".runpod" / "worker.lock", ROOT / ".runpod" / "tests.lock", ROOT / "out" / "lock"
-PYTHON, TOOLS, BESIDE, AOT = HOME / "venv/bin/python", HOME / "tools", HOME / "torchvision", HOME / "aot"
+PYTHON, TOOLS, TORCHVISION, AOT = HOME / "venv/bin/python", HOME / "tools", HOME / "torchvision", HOME / "aot"
 FOR_TESTS = ("pytest", "pytest-timeout", "pytest-xdist", "execnet", "pluggy", "iniconfig", "torchao")  # of tests.lock
 TESTS = ("families", "addons", "lean", "noise")
 PROMPT = "a large red star on a blue background"
@@ -50,7 +50,7 @@ def python_path(path: tuple[Path, ...]) -> str:
 
 
 def run(*command: object, path: tuple[Path, ...] = (), **environment: str) -> str:
-    "Run a command in the repository with its package on the path; what it printed."
+    "Run a command in the repository with its package on the path; returns its output."
     variables = {"PYTHONPATH": python_path(path), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([str(word) for word in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           env=os.environ | variables)
@@ -66,7 +66,7 @@ def pip(*arguments: object) -> None:
 
 
 def install(lock: str) -> dict[str, Any]:
-    "Make the environment, unless it is there and of this lock; seconds and bytes."
+    "Make the environment, unless it exists and is of this lock; returns seconds and bytes."
     made, recipe = HOME / "installed.json", {"sha256": lock, "tools": TOOLS_LOCK.read_text()}
     if made.exists() and (before := json.loads(made.read_text())) | recipe == before:
         return before
@@ -79,7 +79,7 @@ def install(lock: str) -> dict[str, Any]:
     (HOME / "tools.txt").write_text("".join(line for line in lines if line.partition("==")[0] in FOR_TESTS))
     pip("--require-hashes", "--target", TOOLS, "-r", HOME / "tools.txt")
     minor = re.search(r"^torch==2\.(\d+)\.", LOCK.read_text(), re.M)[1]
-    pip("--target", BESIDE, f"torchvision==0.{int(minor) + 15}.0")  # numbered so since torch 2.0
+    pip("--target", TORCHVISION, f"torchvision==0.{int(minor) + 15}.0")  # numbered so since torch 2.0
     size = sum(path.stat().st_size for path in (HOME / "venv").rglob("*") if path.is_file())
     record = recipe | {"seconds": round(seconds, 1), "bytes": size}
     made.write_text(json.dumps(record))
@@ -87,7 +87,7 @@ def install(lock: str) -> dict[str, Any]:
 
 
 def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: str) -> tuple[dict[str, Any], Any]:
-    "Start the worker with two jobs at the queue and check both pictures; what it warned of, and its first picture."
+    "Start the worker with two jobs at the queue and check both pictures; returns its warnings and its first picture."
     print(f"drawing: {what}", flush=True)
     jobs = [{"id": f"job-{seed}", "input": {"prompt": PROMPT, "seed": seed}} for seed in (7, 8)]
     worker_run = run_workers([str(PYTHON), "-W", "ignore", "-m", "sdworker.cli.main", "start"], jobs,
@@ -102,7 +102,7 @@ def draw(what: str, path: tuple[Path, ...] = (), says: str = "", **environment: 
 
 
 def compile_ahead() -> float:
-    "Compile the embedded model ahead of time; seconds."
+    "Compile the embedded model ahead of time; returns the seconds."
     print("compiling the embedded model ahead of time", flush=True)
     shutil.rmtree(AOT, ignore_errors=True)
     begin = time.perf_counter()
@@ -112,7 +112,7 @@ def compile_ahead() -> float:
 
 
 def import_xformers() -> dict[str, float]:
-    "Seconds to import what draws with xformers out of sight and in sight, in turns; medians."
+    "Time the imports of drawing without and with xformers, in turns; returns the medians in seconds."
     print("timing imports", flush=True)
     turns = [[float(run(PYTHON, "-W", "ignore", "-c", IMPORT, *keep).split()[-1]) for keep in ((), ("xformers",))]
              for _ in range(6)][1:]
@@ -121,7 +121,7 @@ def import_xformers() -> dict[str, float]:
 
 
 def test() -> str:
-    "Run the tests; pytest's last line."
+    "Run the tests; returns pytest's last line."
     print("running the tests of " + ", ".join(TESTS), flush=True)
     output = run(PYTHON, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-n", "2", "--timeout=600",
                  *(ROOT / "tests" / f"test_{name}.py" for name in TESTS), path=(TOOLS,))
@@ -129,11 +129,11 @@ def test() -> str:
 
 
 def main() -> None:
-    "Do all of it, and write it down."
-    here, version = sysconfig.get_python_version(), re.search(r"CPython (\S+)", LOCK.read_text())[1]
-    if here != version:
-        sys.exit(f"docs/lock_test.py: worker.lock needs Python {version}, and .venv has {here}; remove .venv and run "
-                 f"`make PYTHON=python{version} lock-test`.")
+    "Run all steps, and write the record."
+    installed, version = sysconfig.get_python_version(), re.search(r"CPython (\S+)", LOCK.read_text())[1]
+    if installed != version:
+        sys.exit(f"docs/lock_test.py: worker.lock needs Python {version}, and .venv has {installed}; remove .venv and "
+                 f"run `make PYTHON=python{version} lock-test`.")
     for name in [name for name in os.environ if name.startswith(("SDWORKER_", "RUNPOD_"))]:
         del os.environ[name]  # the worker's own defaults are tried
     lock = sha256(LOCK.read_bytes()).hexdigest()
@@ -145,7 +145,7 @@ def main() -> None:
             "diffusers": {"SDWORKER_ENGINE": "diffusers"}, "ahead of time": {"SDWORKER_ENGINE": "aot"},
             "profile guide": {"SDWORKER_PROFILE": "guide", "says": "Loading model..."},
             "SDWORKER_LEAN=off": {"SDWORKER_ENGINE": "diffusers", "SDWORKER_LEAN": "off"},
-            "torchvision beside it": {"SDWORKER_ENGINE": "diffusers", "path": (BESIDE,)}}.items():
+            "torchvision beside it": {"SDWORKER_ENGINE": "diffusers", "path": (TORCHVISION,)}}.items():
         workers[what], pictures[what] = draw(what, **options)
     apart = {what: min(psnr(picture, pictures["diffusers"]), 99.0) for what, picture in pictures.items()}
     if min(apart.values()) < 40:

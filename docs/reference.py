@@ -29,7 +29,7 @@ def public(source: str) -> dict[str, ast.stmt]:
 
 
 def docstring(node: ast.AST) -> str:
-    "What a module, function or class says of itself."
+    "The docstring of a module, function or class."
     return (ast.get_docstring(node) if isinstance(node, (*FUNCTION, ast.ClassDef, ast.Module)) else "") or ""
 
 
@@ -62,7 +62,7 @@ def maker(node: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def arguments(node: ast.stmt) -> ast.arguments:
-    "What a function takes; of a class what its `__init__` takes, or without one its fields."
+    "The parameters of a function; of a class those of its `__init__`, or without one its fields."
     if isinstance(node, ast.ClassDef) and not maker(node):
         fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
         return ast.arguments(
@@ -96,7 +96,7 @@ def table(node: ast.stmt, notes: Notes) -> str:
 
 
 def signature(node: ast.stmt) -> str:
-    "How to call it, with names and defaults; nothing where one does not call it."
+    "The signature, with names and defaults; empty for what is not called."
     decorators, args = " ".join(ast.unparse(decorator) for decorator in node.decorator_list), arguments(node)
     fields = isinstance(node, ast.ClassDef) and not maker(node)
     if "property" in decorators or (fields and "dataclass" not in decorators):

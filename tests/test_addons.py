@@ -56,7 +56,7 @@ def test_a_switch_is_used_or_says_why_not(setting, value, warning, expected):
     assert ("torchao" in imported) == (setting == "QUANTIZE") and "peft" not in imported
 
 
-def test_without_a_lora_peft_is_not_imported_even_where_imports_are_the_usual_ones():
+def test_without_a_lora_peft_is_not_imported_even_without_fast_imports():
     log = handled("embedded", PLAIN, SDWORKER_LEAN="off")[1]
     assert "torch._dynamo" in log and "peft" not in log.rpartition("imported:")[2]
 
@@ -164,10 +164,10 @@ def test_a_lora_that_is_fused_at_bake_is_part_of_the_model(tmp_path, expected):
     with Hub({"shapes/embedded": EMBEDDED, "owner/style": style}) as hub:
         addons = f"lora=owner/style@{hub.commit('owner/style')}:style.safetensors"
         command = [sys.executable, "-m", "sdworker.cli.main", "bake", "shapes/embedded", "--addons", addons, "--to"]
-        here = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
         adapters, fused = tmp_path / "beside", tmp_path / "fused"
         for more in ([adapters], [fused, "--fuse-loras", "1.0"], [fused, "--fuse-loras", "1.0"]):
-            done = subprocess.run([*command, *more], env=here, capture_output=True, text=True)
+            done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         assert "with LoRAs fused at scale 1" in done.stdout
     assert verify(fused) and read_manifest(fused)["fused"]["loras"][0]["repository"] == "owner/style"

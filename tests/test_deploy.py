@@ -240,7 +240,7 @@ def test_too_many_requests_are_made_when_they_may_be(account, monkeypatch):
     assert [wait for wait in waits if wait >= 1] == [1, 1], "Retry-After says a second, twice"
 
 
-def test_questions_are_asked_again(account):
+def test_reads_are_retried(account):
     account.faults = [("GET", 500), ("GET", "hang")]
     assert deployed(account) == ["create", "create"]
 

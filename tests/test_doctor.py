@@ -83,7 +83,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault, tmp_path):
+def test_each_fault_is_reported(fault, tmp_path):
     name, state, message, plant, variables = FAULTS[fault]
     code, findings = call(plant, tmp_path, **variables)
     assert findings[name]["state"] == state and message in findings[name]["detail"], findings[name]
@@ -144,7 +144,7 @@ def test_a_refiner_has_to_fit_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
+def test_a_missing_class_is_not_a_broken_library(tmp_path):
     folder = miniature("FluxPipeline", tmp_path / "tiny")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("FluxTransformer2DModel", "NoSuchModel"))
@@ -154,7 +154,7 @@ def test_a_class_that_is_not_there_is_no_broken_library(tmp_path):
     assert all("needs NoSuchModel, which neither" in findings[name]["detail"] for name in ("memory", "attention"))
 
 
-def test_a_byte_that_has_changed_is_found(tmp_path):
+def test_a_changed_byte_is_reported(tmp_path):
     model = tmp_path / "model"
     bake(str(EMBEDDED), model, None, "")
     set_writable(model, True)
@@ -166,7 +166,7 @@ def test_a_byte_that_has_changed_is_found(tmp_path):
     assert code == 1 and str(weights) in findings["weights"]["detail"], findings["weights"]
 
 
-def test_a_clock_that_is_wrong_is_found(tmp_path):
+def test_a_wrong_clock_is_reported(tmp_path):
     class Bucket(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response_only(403)
@@ -184,7 +184,7 @@ def test_a_clock_that_is_wrong_is_found(tmp_path):
     assert code == 1 and findings["bucket"]["state"] == "pass" and "minutes fast" in findings["clock"]["detail"]
 
 
-def test_a_worker_that_is_always_paid_is_told(tmp_path):
+def test_an_always_on_worker_is_reported(tmp_path):
     (tmp_path / "hub.json").write_text('{"minWorkers": 2}')
     assert "keeps 2 worker(s) always on" in call("", tmp_path)[1]["costs"]["detail"]
 
@@ -192,7 +192,7 @@ def test_a_worker_that_is_always_paid_is_told(tmp_path):
 @pytest.mark.parametrize(("variables", "message"), [({"SDWORKER_MAX_STEPS": "5"}, "plain requests would be refused"),
                                                  ({"RUNPOD_WEBHOOK_POST_OUTPUT": ""}, "results would be lost")])
 def test_a_start_that_could_not_answer_ends_before_it_takes_a_job(variables, message):
-    worker_run = run_workers(OURS, [JOB], variables, limit=60, stop=False)
+    worker_run = run_workers(OURS, [JOB], variables, stop=False)
     assert worker_run.code == 1 and worker_run.taken_at == {} and message in worker_run.log, worker_run.log
 
 
@@ -209,12 +209,12 @@ def test_out_of_disk_space_is_a_sentence_and_a_baked_model_needs_none(tmp_path):
     with Hub({"owner/name": EMBEDDED}, "token") as hub:
         fetching = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token,
                     "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        failed = run_workers([sys.executable, "-c", FULL_DISK], [JOB], fetching, limit=90)
+        failed = run_workers([sys.executable, "-c", FULL_DISK], [JOB], fetching)
         assert "are missing; free that much or choose a folder on another disk" in failed.answers["job"]["error"]
         assert not list((tmp_path / "cache").rglob("*.safetensors")), "nothing is left half written"
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     bake(str(EMBEDDED), tmp_path / "model", None, "")
-    baked = run_workers([sys.executable, "-c", FULL_DISK], [JOB], {"SDWORKER_MODEL": str(tmp_path / "model")}, limit=90)
+    baked = run_workers([sys.executable, "-c", FULL_DISK], [JOB], {"SDWORKER_MODEL": str(tmp_path / "model")})
     assert "output" in baked.answers["job"], baked.log
 
 

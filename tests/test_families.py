@@ -37,7 +37,7 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
     }, SDWORKER_ATTENTION="sliced")
     batch, (alone,) = pixels(answers["batch"]), pixels(answers["alone"])
     assert answers["batch"]["seeds"] == [7, 8, 9] and {image.shape for image in batch} == {(48, 64, 3)}
-    assert np.abs(batch[1] - alone).max() <= 2, "the same alone and in company"
+    assert np.abs(batch[1] - alone).max() <= 2, "the same alone and in a batch"
     assert np.abs(batch[0] - batch[1]).max() > 2
     assert pixels(answers["plain"])[0].shape == (64, 64, 3), "the side that the model was made for"
     changed = np.abs(pixels(answers["unwanted"])[0] - pixels(answers["plain"])[0]).max() > 0
@@ -56,12 +56,12 @@ def test_a_family_draws_through_the_handler(pipeline, tmp_path):
 
 @pytest.mark.parametrize(("pipeline", "name"), [
     ("StableDiffusionXLPipeline", "lightning"), ("StableDiffusionXLPipeline", "lcm"),
-    *((pipeline, name) for pipeline, family in FAMILIES.items() if not family.samplers for name in family.few)])
-def test_a_few_step_model_is_known_by_its_name(pipeline, name, tmp_path):
-    folder, preset = tmp_path / f"tiny-{name}", FAMILIES[pipeline].few[name]
+    *((pipeline, name) for pipeline, family in FAMILIES.items() if not family.samplers for name in family.few_step)])
+def test_a_few_step_model_is_recognised_by_its_name(pipeline, name, tmp_path):
+    folder, few_step = tmp_path / f"tiny-{name}", FAMILIES[pipeline].few_step[name]
     miniature(pipeline, folder) if pipeline in MINIATURES else shutil.copytree(EMBEDDED, folder)
-    explicit = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance}
-    jobs = {"auto": {}, "explicit": explicit, "more": explicit | {"num_inference_steps": preset.steps + 1}}
+    explicit = {"num_inference_steps": few_step.steps, "guidance_scale": few_step.guidance}
+    jobs = {"auto": {}, "explicit": explicit, "more": explicit | {"num_inference_steps": few_step.steps + 1}}
     answers, _ = handled(folder, jobs)
     auto, same, more = (pixels(answers[name])[0] for name in jobs)
     assert np.array_equal(auto, same) and not np.array_equal(auto, more)
@@ -103,7 +103,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert np.abs(pixels(answers["both"])[1] - second).max() <= 2
     start = np.asarray(RED, int)
     assert wide.shape[1] > wide.shape[0], "the picture's shape, and about the model's area"
-    assert np.abs(pixels(answers["halves"])[0] - half).max() <= 2, "the same alone and in company"
+    assert np.abs(pixels(answers["halves"])[0] - half).max() <= 2, "the same alone and in a batch"
     assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
     assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
     assert answers["mask alone"]["error"].startswith("mask_image is given without image")
@@ -168,7 +168,7 @@ def test_a_class_that_diffusers_does_not_have_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"])
-def test_a_class_that_is_not_known_and_wants_a_picture_gets_one(pipeline, tmp_path):
+def test_an_unknown_class_that_requires_a_picture_gets_one(pipeline, tmp_path):
     folder = shutil.copytree(EMBEDDED, tmp_path / "tiny")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionXLPipeline", pipeline))

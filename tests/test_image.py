@@ -38,7 +38,7 @@ LAYER_BYTES = 3_000_000  # small, so that the denoiser is cut
 
 
 def stages() -> dict[str, dict[str, str]]:
-    """What ENV sets in each stage of the Dockerfile."""
+    """The variables that ENV sets in each stage of the Dockerfile."""
     lines = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
     variables = {}
     for word, rest in re.findall(r"^(FROM|ENV) (.+)$", lines, re.M):
@@ -94,11 +94,11 @@ def make_base() -> None:
                              check=True, capture_output=True, text=True).stdout.split()
     container = buildah("from", "scratch").stdout.strip()
     folder = Path(buildah("mount", container).stdout.strip())
-    with (KEPT / "base.log").open("w") as log, TemporaryDirectory() as there:  # debootstrap cannot do with spaces
+    with (KEPT / "base.log").open("w") as log, TemporaryDirectory() as target:  # debootstrap cannot do with spaces
         packages = "python3,python3-venv,libpython3-dev,ca-certificates"  # Python's own images have its headers, too
-        subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", there, *mirrors[:1]],
+        subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", target, *mirrors[:1]],
                        check=True, stdout=log, stderr=log)
-        subprocess.run(["cp", "-a", f"{there}/.", folder], check=True)
+        subprocess.run(["cp", "-a", f"{target}/.", folder], check=True)
     for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
         shutil.rmtree(folder / waste)
     (folder / "usr/lib/python3.11/sitecustomize.py").unlink()  # only Debian's Python has one
@@ -149,7 +149,7 @@ def sources(folder: Path, locks: dict[str, str]) -> Path:
 
 
 def build(folder: Path, log: Path, token: Path, tag: str = IMAGE, **arguments: str) -> int:
-    """Build a folder's Dockerfile; the exit code."""
+    """Build a folder's Dockerfile; returns the exit code."""
     arguments |= {"BASE_IMAGE": BASE, "REQUIREMENTS": ".runpod/here-worker.lock", "MODEL_ID": MODEL,
                   "TEST_REQUIREMENTS": ".runpod/here-tests.lock", "PIP_FIND_LINKS": "/wheels", "PIP_NO_INDEX": "1"}
     options = [f"--build-arg={name}={value}" for name, value in arguments.items()]
@@ -197,14 +197,14 @@ import json, socket, sys, sdworker
 sdworker.__path__.append("/queue/sdworker")
 from sdworker.lab.queue_server import run_workers
 prompt, settings = sys.argv[1], dict(one.split("=") for one in sys.argv[2:])
-shift = run_workers(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}],
+worker_run = run_workers(["sdworker", "start"], [{"id": "first", "input": {"prompt": prompt, "seed": 7}}],
                     settings, limit=400)
-print(json.dumps([socket.if_nameindex(), shift.answers["first"], shift.log]))
+print(json.dumps([socket.if_nameindex(), worker_run.answers["first"], worker_run.log]))
 """
 
 
 def drawn(container: tuple[str, Path], *settings: str) -> tuple[list, dict, str]:
-    """Have a worker at a queue draw in a container; interfaces, answer and log. The image lacks the queue's code."""
+    """Run a worker at a queue in a container; returns interfaces, answer and log. The image lacks the queue's code."""
     shutil.copytree(ROOT / "sdworker" / "lab", container[1] / "queue" / "sdworker" / "lab", dirs_exist_ok=True)
     return json.loads(inside(container, "python", "-c", WORK, PROMPT, *settings).stdout)
 
@@ -286,7 +286,7 @@ def test_the_image_says_how_it_is_run(container, image):
     assert ours == [MODEL, "1", "1"]
     assert (image["Cmd"], image["StopSignal"]) == (["sdworker", "start"], "SIGTERM")
     assert image["Healthcheck"]["Test"] == ["CMD", "sdworker", "verify", "--quick"]
-    assert inside(container, *image["Healthcheck"]["Test"][1:]).stdout == "/model is whole at a quick look\n"
+    assert inside(container, *image["Healthcheck"]["Test"][1:]).stdout == "/model passed the quick check\n"
     folders = [variables[name].strip("/") for name in environment("run") if "VOLUME" not in name]
     assert all((container[1] / folder).is_dir() for folder in folders)
 

@@ -259,6 +259,35 @@ def test_readme_links_lead_somewhere():
     assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_readme_lists_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Read on")[2]
+    listed = set(re.findall(r"\]\(nbs/([\w/]+\.ipynb)\)", text))
+    assert listed == {path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS} - {"index.ipynb"}
+
+
+def test_contributing_names_what_exists():
+    """Its paragraph on where changes go names notebooks, and tables, classes and functions in their modules."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Some changes")[2].partition("\n## ")[0]
+    quoted = re.findall(r"`([^`]+)`", text)
+    notebooks = [name for name in quoted if re.match(r"\d_", name)]
+    assert notebooks and all((ROOT / "nbs" / f"{name}.ipynb").exists() for name in notebooks)
+    modules = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "sdworker").rglob("[!_]*.py"))
+    names = [name for name in quoted if re.fullmatch(r"[A-Z]\w+|[a-z]+", name)]
+    assert len(names) > 10 and not [
+        name for name in names if not re.search(rf"^(class |def )?{name}\b", modules, re.MULTILINE)]
+
+
+def test_the_top_level_has_nothing_else():
+    """A new entry needs a reason."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone, so git does not say which files belong here")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert {name.partition("/")[0] for name in names if name} == {
+        ".ci", ".dockerignore", ".gitattributes", ".gitignore", ".runpod", "CHANGELOG.md", "CONTRIBUTING.md",
+        "Dockerfile", "LICENSE", "Makefile", "README.md", "docs", "hub.json", "nbs", "pyproject.toml", "results",
+        "sdworker", "settings.ini", "setup.py", "tests"}
+
+
 def readme_commands() -> list[str]:
     block = re.search(r"```sh\n(make demo[^\n]*)\n(make test[^\n]*)\n```", (ROOT / "README.md").read_text())
     return [line.split("#")[0].strip() for line in block.groups()]

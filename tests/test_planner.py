@@ -59,8 +59,8 @@ def test_the_largest_moment_is_the_one_at_work(pipeline, tmp_path):
     if edits:  # its text encoder reads all of a prompt: 64 tokens of the template, 512 others, and the picture's
         plus = "Plus" in pipeline  # which makes less of a picture, and writes more around it
         template = engine.pipe.prompt_template_encode.format(PLUS if plus else "")
-        there = len(engine.pipe.tokenizer(template).input_ids) - 1 + (14 * 14 if plus else SOURCE_TOKENS)
-        words, picture = "a" * (64 + 512 + SOURCE_TOKENS - there), Image.new("RGB", (1024, 1024))
+        template_tokens = len(engine.pipe.tokenizer(template).input_ids) - 1 + (14 * 14 if plus else SOURCE_TOKENS)
+        words, picture = "a" * (64 + 512 + SOURCE_TOKENS - template_tokens), Image.new("RGB", (1024, 1024))
     generate(engine, words, negative_prompt=words, width=64, height=64, steps=1, guidance=3.0, seed=1, n=batch,
              image=picture)
     computed = activations(meta_components(model, dtype), Way(batch), 64, 64, edits=edits)

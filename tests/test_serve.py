@@ -66,7 +66,7 @@ def test_bad_input_is_named_and_the_worker_lives(client, fields, named):
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "sdworker.cli.main", *arguments], env={**os.environ, **environment},
-                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(("environment", "message"), [
@@ -89,7 +89,7 @@ def test_start_without_a_queue_says_so():
 
 def test_handler_file_answers_a_test_input():
     command = [sys.executable, HANDLER, "--test_input", json.dumps({"input": {"prompt": PROMPT, "seed": 7}})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "completed successfully" in done.stdout
 
 
@@ -115,12 +115,12 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize("command", ["coldstart", "plan"])
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(command):
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(command, tmp_path):
     code = ("import importlib.util as util, sys; find = util.find_spec\n"
             "util.find_spec = lambda name: None if name == 'matplotlib' else find(name)\n"
             "from sdworker.cli.main import app; "
-            f"app(['{command}', '--plot', 'start.svg'])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+            f"app(['{command}', '--plot', {str(tmp_path / 'start.svg')!r}])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "sdworker[notebooks]" in done.stderr
 
 

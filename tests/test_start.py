@@ -21,7 +21,7 @@ def model(tmp_path) -> Path:
 
 
 def started(model: object, command: list[str] = OURS, **options) -> WorkerRun:
-    return run_workers(command, JOBS, {"SDWORKER_MODEL": str(model), "HF_HUB_OFFLINE": "1"}, limit=60, **options)
+    return run_workers(command, JOBS, {"SDWORKER_MODEL": str(model), "HF_HUB_OFFLINE": "1"}, **options)
 
 
 def assert_one_sentence(worker_run: WorkerRun, *words: str) -> None:
@@ -35,7 +35,7 @@ def assert_one_sentence(worker_run: WorkerRun, *words: str) -> None:
 def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, limit=60, stop=False)
+    worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, stop=False)
     assert worker_run.code == 1 and worker_run.taken_at == {}, "the jobs stay in the queue"
     assert f"sdworker: {weights} has" in worker_run.log and "Traceback" not in worker_run.log
 
@@ -175,6 +175,6 @@ def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():
 
 def test_a_hub_that_does_not_answer(tmp_path):
     nowhere = {"SDWORKER_MODEL": "owner/name", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    worker_run = run_workers(OURS, JOBS, nowhere, limit=60)
+    worker_run = run_workers(OURS, JOBS, nowhere)
     assert_one_sentence(worker_run, "owner/name cannot be fetched from the hub", "check the network")
     assert worker_run.code is None, "a network may come back"

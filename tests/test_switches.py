@@ -23,7 +23,7 @@ from sdworker.lab.quality import LOSSLESS, SWITCHES, Switch, compare_to_baseline
 
 AOT_DIR = Path(__file__).parent.parent / "out" / "aot"
 MODEL = read_model_info(EMBEDDED, "embedded")
-ASKED = pairs("gate 2", 20)
+PROMPT_SEEDS = pairs("gate 2", 20)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,11 @@ def plain():
 
 @lru_cache(maxsize=1)
 def plainly():
-    return list(draw_pairs(plain(), ASKED, 10))
+    return list(draw_pairs(plain(), PROMPT_SEEDS, 10))
 
 
 def verdict(engine, switch):
-    return compare_to_baseline(list(draw_pairs(engine, ASKED, 10, **switch.request)), plainly(), switch.min_psnr)
+    return compare_to_baseline(list(draw_pairs(engine, PROMPT_SEEDS, 10, **switch.request)), plainly(), switch.min_psnr)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +94,8 @@ def test_a_switch_does_something(name):
         assert unsupported_by_aot(settings, MODEL) or settings.engine == "aot" or settings.dtype != "auto" or (
             settings.quantize != "off")
     else:
-        pictures = [generate(plain(), ASKED[0][0], seed=1, **more).pictures[0].image for more in ({}, switch.request)]
+        pictures = [generate(plain(), PROMPT_SEEDS[0][0], seed=1, **more).pictures[0].image
+                    for more in ({}, switch.request)]
         assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
@@ -117,10 +118,10 @@ def test_the_gate_finds_attention_that_is_a_tenth_too_weak(share):
 def test_the_gate_finds_slices_that_leave_one_out():
     from diffusers.models.attention_processor import SlicedAttnProcessor
 
-    engine, whole = built("attention: sliced"), SlicedAttnProcessor.__call__
+    engine, original_call = built("attention: sliced"), SlicedAttnProcessor.__call__
 
     def one_short(self, attn, hidden_states, *arguments, **more):
-        made = whole(self, attn, hidden_states, *arguments, **more).clone()
+        made = original_call(self, attn, hidden_states, *arguments, **more).clone()
         made[:, -1] = 0
         return made
     with patch.object(SlicedAttnProcessor, "__call__", one_short):
@@ -157,7 +158,7 @@ def test_the_gate_finds_another_number_in_a_table():
     ("DPM++ 2M, 12 steps", {"steps": 2}), ("guidance to 60 %", {"guidance_stop": 0})])
 def test_the_gate_finds_a_request_that_saves_too_much(name, broken):
     switch = SWITCHES[name]
-    result = compare_to_baseline(list(draw_pairs(plain(), ASKED, 10, **switch.request | broken)), plainly(),
+    result = compare_to_baseline(list(draw_pairs(plain(), PROMPT_SEEDS, 10, **switch.request | broken)), plainly(),
                                 switch.min_psnr)
     assert not result.passed, result
 

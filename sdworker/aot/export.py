@@ -136,7 +136,7 @@ def sources_of(
     constants: Mapping[str, torch.Tensor],  # of compiled parts, by names such as "unet.conv_in.weight"
     model: ModelInfo,  # its weight files are read
 ) -> tuple[dict[str, list[list[str]]], dict[str, torch.Tensor]]:  # "unet/key" -> [[name, dtype]]; unmatched constants
-    "The tensor in the model's files for each constant."
+    "The tensor in the model's files for each constant. Raises `ModelError` if the files cannot be listed."
     sources: dict[str, list[list[str]]] = {}
     unmatched = {name: tensor.detach().cpu() for name, tensor in constants.items()}
     for path in weight_files(model.folder):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .engine import MOST_IMAGES, ranges
+from .engine import MAX_IMAGES, ranges
 from ..core.families import family_of
 from ..core.model_info import ModelInfo
 from ..engine.diffusers_pipeline import denoiser_of, to_pixels
@@ -196,7 +196,7 @@ def bounds_of(
 ) -> dict[str, list[int]]:  # minimum, maximum and multiple, by the dimension's name; height and width in latents
     "The range of each open dimension."
     side = [limit // pipe.vae_scale_factor for limit in ranges(model)["side"]]
-    return {"calls": [1, 2 * MOST_IMAGES, 1], "images": [1, MOST_IMAGES, 1], "height": side, "width": side}
+    return {"calls": [1, 2 * MAX_IMAGES, 1], "images": [1, MAX_IMAGES, 1], "height": side, "width": side}
 
 # %% ../../nbs/3_aot/03_modules.ipynb #8fce900f
 def parts_of(

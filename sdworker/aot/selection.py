@@ -17,7 +17,7 @@ from ..build.cache_dirs import aot_dirs, packages_in
 from ..core.model_info import ModelError, ModelInfo, read_json
 from ..core.settings import Settings
 from ..engine.build_pipeline import addons_present, defaults
-from ..engine.few_step import preset_of
+from ..engine.few_step import few_step_of
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
     import torch
@@ -45,8 +45,8 @@ def unsupported_by_aot(
         return f"{names[0]} is for the diffusers engine alone"
     if addons := addons_present(model):
         return f"the AOT engine does not draw with the {' and the '.join(addons)} baked with {model.name}"
-    preset = preset_of(model, settings.few_step)
-    return f"no AOT package has the sampler of {model.name}'s preset" if preset and preset.sampler else ""
+    few_step = few_step_of(model, settings.few_step)
+    return f"no AOT package has the sampler of {model.name}" if few_step and few_step.sampler else ""
 
 # %% ../../nbs/3_aot/05_selection.ipynb #f86b2718
 @dataclass(frozen=True)

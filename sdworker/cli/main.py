@@ -32,7 +32,7 @@ def _write(drawn, out: Path, request: JobRequest) -> list[dict]:  # path, prompt
     "Save pictures under names with their number and seed."
     from sdworker.serve.image_io import save
 
-    name = "{:02d}-seed-{}." + request.output["kind"]
+    name = "{:02d}-seed-{}." + request.output["image_format"]
     return [{"path": str(save(picture.image, out / name.format(k, picture.seed), **request.output)),
              "prompt": picture.prompt, "seed": picture.seed, "seconds": round(picture.seconds, 3)}
             for k, picture in enumerate(drawn.pictures, 1)]
@@ -240,12 +240,12 @@ def _to_compile(model_folder: Path | None, name: str | None, device: str | None)
     "Return the settings, the model's information, its device and its number format."
     from sdworker.build.locate import locate_or_download
     from sdworker.core.model_info import read_model_info
-    from sdworker.engine.few_step import with_preset
+    from sdworker.engine.few_step import with_few_step
     from sdworker.start.load import place
 
     settings = get_settings()
     settings = settings.model_copy(update={"device": device or settings.device})
-    model = with_preset(read_model_info(model_folder or locate_or_download(settings), name or settings.model),
+    model = with_few_step(read_model_info(model_folder or locate_or_download(settings), name or settings.model),
                         settings.few_step)
     return settings, model, *place(settings, model.family.gpu_dtype)
 
@@ -295,10 +295,10 @@ def verify(
     elif not report["folder"]:
         typer.echo(f"{get_settings().model} is not here yet; the worker fetches it")
     elif quick:
-        typer.echo(f"{report['folder']} is whole at a quick look")
+        typer.echo(f"{report['folder']} passed the quick check")
     else:
-        typer.echo(f"{report['folder']} is whole: {report['files']} files, {report['bytes'] / 1e9:.2f} GB, every byte, "
-                   f"{report['seconds']:.1f} s")
+        typer.echo(f"{report['folder']} is complete: {report['files']} files, {report['bytes'] / 1e9:.2f} GB, "
+                   f"every byte, {report['seconds']:.1f} s")
 
 # %% ../../nbs/9_cli/02_main.ipynb #fbdee093
 def _verified(folder: Path | None, quick: bool, on_progress) -> dict:

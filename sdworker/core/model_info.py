@@ -92,7 +92,7 @@ def vae_scale(
     folder: Path,  # in diffusers' layout
     family: Family = UNKNOWN,  # whose `vae_levels` apply
 ) -> int:  # pixels
-    "Return the side of the square of pixels that becomes one latent."
+    "Return the side of the square of pixels that becomes one latent; raises `ModelError`."
     if "vae" not in read_json(folder / "model_index.json"):
         return 8  # as nearly all models have
     path, levels = folder / "vae" / "config.json", family.vae_levels

@@ -41,12 +41,9 @@ class Timings(dict):
         finally:
             self[name] = self.get(name, 0.0) + time.perf_counter() - start
 
-    def rounded(
-        self,
-        digits: int = 4,  # after the decimal point
-    ) -> dict[str, float]:  # seconds by stage
+    def rounded(self) -> dict[str, float]:  # seconds by stage, with four digits after the decimal point
         "Return a plain dict for people and JSON."
-        return {name: round(seconds, digits) for name, seconds in self.items()}
+        return {name: round(seconds, 4) for name, seconds in self.items()}
 
 # %% ../../nbs/0_core/02_timing.ipynb #d0c1a5e2
 def mark(
@@ -87,11 +84,9 @@ def summary(
 def timed(
     call: Callable[[], object],  # what to time
     repeat: int = 5,  # counted calls, at least 1
-    warmup: int = 1,  # calls before the counted ones
 ) -> dict[str, float]:  # seconds: "median", "min", "max"
-    "Time a call several times."
-    for _ in range(warmup):
-        call()
+    "Time a call several times, after one that is not counted."
+    call()
     return summary([_seconds(call) for _ in range(repeat)])
 
 # %% ../../nbs/0_core/02_timing.ipynb #b8be6b3a

@@ -159,13 +159,11 @@ def parse(
         background=None if back is None else words[back])
 
 # %% ../../nbs/7_embedded/01_shapes.ipynb #94a42ca4
-def _nearest(
-    rgb: np.ndarray,  # (3,)
-    tolerance: float = 48,  # largest distance in RGB; the palette's closest two are 92 apart
-) -> str | None:
+def _nearest(rgb: np.ndarray) -> str | None:
     "The palette's name for a colour, if one is near enough."
     name = min(COLOURS, key=lambda c: np.linalg.norm(rgb - COLOURS[c]))
-    return name if np.linalg.norm(rgb - COLOURS[name]) <= tolerance else None
+    near = np.linalg.norm(rgb - COLOURS[name]) <= 48  # in RGB; the palette's closest two are 92 apart
+    return name if near else None
 
 def _pieces(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     "Largest 4-connected piece of a boolean mask, and the pixels of each piece, largest first."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.model_info import ModelInfo
 from ..core.settings import Settings
-from .few_step import preset_of
+from .few_step import few_step_of
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
     import torch
@@ -35,7 +35,7 @@ def build_pipeline(
 ) -> "FamilyEngine":  # with a warning for each setting that is not used
     "Load a pipeline with all its switches as set. Raises `ModelError` if it cannot be loaded."
     from sdworker.engine.attention import use_attention
-    from sdworker.engine.few_step import use_preset
+    from sdworker.engine.few_step import use_few_step
     from sdworker.engine.lora_refiner import use_addons
     from sdworker.engine.offload import use_memory
     from sdworker.engine.pipeline import FamilyEngine
@@ -47,13 +47,13 @@ def build_pipeline(
     quantized, warning = quantization(settings.quantize, model, device)
     engine = FamilyEngine(model, "cpu" if offloads else device, dtype, weights, quantized)
     engine.device = device  # under offload the weights are on the processor, and the GPU draws
-    use_preset(engine.pipe, preset_of(model, settings.few_step))
+    use_few_step(engine.pipe, few_step_of(model, settings.few_step))
     denoiser_quantized = bool(quantized) and model.denoiser in quantized.quant_mapping
     warnings = [warning, use_addons(engine, settings.lora_scale, quantized),
                 use_step_cache(engine, settings.step_cache),
                 use_compile(engine.pipe, settings.compile, model, device, dtype, settings.offload,
                             _compile_conflict(settings, denoiser_quantized), settings.max_batch),
-                _unknown_preset(settings, model)]
+                _unknown_few_step(settings, model)]
     if engine.refine and settings.compile != "off":
         warnings.append(f"SDWORKER_COMPILE is {settings.compile!r}, which is not used for the refiner.")
     for pipe in [engine.refine.pipe, engine.pipe] if engine.refine else [engine.pipe]:
@@ -72,9 +72,9 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
 
-def _unknown_preset(settings: Settings, model: ModelInfo) -> str:
-    "A warning if the family does not have the preset that is set."
-    if settings.few_step in ("auto", "none") or preset_of(model, settings.few_step):
+def _unknown_few_step(settings: Settings, model: ModelInfo) -> str:
+    "A warning if the family has no few-step model of the name that is set."
+    if settings.few_step in ("auto", "none") or few_step_of(model, settings.few_step):
         return ""
     return f"SDWORKER_FEW_STEP is {settings.few_step!r}, which {model.family.name} does not have."
 

@@ -96,7 +96,7 @@ def _weights_of(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
 def bare_components(
     model: ModelInfo,  # its configuration files are read, not its weights
 ) -> dict[str, torch.nn.Module]:  # by name
-    "A model's components in single precision, without data, on torch's `meta` device."
+    "A model's components in single precision, without data, on torch's `meta` device. Raises `ModelError`."
     import diffusers
     import transformers
 
@@ -241,7 +241,9 @@ STAGED_FIELDS = {  # the fields of `SamplingParams` that the three calls use, or
     "strength"}  # no effect without a picture, and `mode` is not listed, so pictures are refused
 
 class DiffusersEngine:
-    "An `Engine` that draws from noise with a pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL."
+    """An `Engine` that draws from noise with a pipeline that predicts noise: Stable Diffusion 1.x, 2.x and SDXL.
+
+    Raises `ModelError` if the model cannot be loaded."""
     def __init__(
         self,
         model: ModelInfo,  # its folder is read; all arguments are those of `load_pipeline`

@@ -36,14 +36,14 @@ log = logging.getLogger("sdworker")
 class BatchSizes:
     "The batches that did not fit into an engine's memory; a failure counts for images of that size and larger ones."
     def __init__(self):
-        self.failed: dict[tuple, dict[int, int]] = {}  # kind of batch -> pixels of an image -> images
+        self.failed: dict[tuple, dict[int, int]] = {}  # mode, guidance and refiner -> pixels of an image -> images
 
     def smallest_failed(
         self,
         params: SamplingParams,  # of the batch to draw
     ) -> int | None:  # images; None: no batch has failed yet
         "The smallest batch of such images that is known not to fit."
-        sizes = self.failed.get(self._kind(params), {})
+        sizes = self.failed.get(self._batch_key(params), {})
         return min((images for pixels, images in sizes.items() if pixels <= params.width * params.height), default=None)
 
     def add(
@@ -54,12 +54,12 @@ class BatchSizes:
         "Remember a batch that did not fit, unless this follows from earlier failures."
         if (known := self.smallest_failed(params)) is not None and known <= images:
             return
-        sizes, pixels = self.failed.setdefault(self._kind(params), {}), params.width * params.height
+        sizes, pixels = self.failed.setdefault(self._batch_key(params), {}), params.width * params.height
         sizes[pixels] = images
         for other in [other for other in sizes if other > pixels and sizes[other] >= images]:
             del sizes[other]  # it follows from the new entry
 
-    def _kind(self, params: SamplingParams) -> tuple:
+    def _batch_key(self, params: SamplingParams) -> tuple:
         return params.mode, params.guided_steps > 0, params.refiner_start < 1
 
 BATCH_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # kept as long as the engine
@@ -160,6 +160,6 @@ def generate(
     on_picture: OnPicture = lambda picture: None,  # as for `draw`
     **fields: Any,  # of `Request`
 ) -> Drawn:
-    "Make a request, prepare it and draw; raises `ValueError` for a field that is wrong."
+    "Make a request, prepare it and draw; raises `ValueError` for a field that is wrong, or as `draw`."
     params, specs = prepare(Request(prompt=prompt, **fields), engine.model)
     return draw(engine, params, specs, max_batch, on_step, on_picture)

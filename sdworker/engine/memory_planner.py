@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.checkpoint_files import components, has_weights
-from ..core.families import VAE_LEVELS, flux_text_length
+from ..core.families import FAMILIES, VAE_LEVELS
 from ..core.model_info import ModelInfo
 from .diffusers_pipeline import bare_components
 from .offload import use_vae
@@ -106,7 +106,7 @@ def _sd3(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
             "pooled_projections": blank(n, config.pooled_projection_dim)}
 
 def _flux(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
-    text_tokens = flux_text_length(config) or shape.text_tokens
+    text_tokens = FAMILIES["FluxPipeline"].text_length(config) or shape.text_tokens
     return {"hidden_states": blank(n, shape.tokens, config.in_channels), "timestep": blank(n),
             "encoder_hidden_states": blank(n, text_tokens, config.joint_attention_dim),
             "pooled_projections": blank(n, config.pooled_projection_dim), "img_ids": blank(shape.tokens, 3),
@@ -248,7 +248,7 @@ def meta_components(
     model: ModelInfo,  # its configuration files are read, not its weights
     dtype: str,  # "float32", "float16" or "bfloat16"
 ) -> dict[str, torch.nn.Module]:  # by name, in the dtypes that a load gives them
-    "A model's components on torch's `meta` device. Raises `NotComputed` if a class is not installed."
+    "A model's components on torch's `meta` device. Raises `NotComputed` if a class is not installed, or `ModelError`."
     import diffusers
     import transformers
 
@@ -297,13 +297,12 @@ def plan(
     width: int,  # pixels
     height: int,  # pixels
     gpu_bytes: float,  # bytes of the GPU's memory
-    guided: bool = True,  # with guidance
     edits: bool = False,  # with a source picture that the model reads: `Family.edits`
 ) -> Plan:  # `fits` is false if even the smallest way needs more
-    "The cheapest way of drawing that fits a GPU. Raises `NotComputed`."
+    "The cheapest way of drawing, with guidance, that fits a GPU. Raises `NotComputed`."
     tried = []
     for way in ways(batch):
-        needs = needed(parts, way, width, height, guided, edits)
+        needs = needed(parts, way, width, height, edits=edits)
         if needs + SPARE <= gpu_bytes:
             return Plan(way, needs, fits=True)
         tried.append((needs, way))

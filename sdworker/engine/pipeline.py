@@ -178,7 +178,10 @@ def pipeline_for_mode(
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
 class FamilyEngine(DiffusersEngine):
-    "An `Engine` that draws with a diffusers pipeline of any class, from noise or from pictures."
+    """The diffusers engine of a worker: draws with a pipeline of any class, from noise or from pictures.
+
+    It is an `Engine`. Raises `ModelError` if the model cannot be loaded.
+    """
     def __init__(self, *args: Any, **kwargs: Any):  # those of `DiffusersEngine`
         super().__init__(*args, **kwargs)
         self.reset_step_cache = lambda steps: None  # called before each denoising
@@ -198,11 +201,13 @@ class FamilyEngine(DiffusersEngine):
         return self, self.warnings
 
     def encode(self, specs, params):
+        "Embed the prompts of a batch; nothing for a family that is drawn in one call."
         for owner in [self.refine, self] if self.refine else [self]:  # `self` last: shared parts keep its hooks
             owner.pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
         return super().encode(specs, params) if self._staged(params) else {}
 
     def denoise(self, encoded, specs, params, on_step=None):
+        "Draw the latents of a batch, or the pixels of a family that is drawn in one call. Raises `Unsuited`."
         import diffusers
 
         sampler = getattr(diffusers, SAMPLERS[params.sampler][0]) if params.sampler else self.pipe.scheduler
@@ -215,6 +220,7 @@ class FamilyEngine(DiffusersEngine):
         return run_pipeline(pipe, self.model.family, specs, params, on_step)
 
     def decode(self, latents):
+        "Turn latents into pixels, unless they are pixels already."
         return latents.cpu().numpy() if latents.dtype == torch.uint8 else super().decode(latents)
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #f2370a57

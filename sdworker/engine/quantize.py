@@ -63,7 +63,7 @@ def quantization(
     model: ModelInfo,  # its folder has the components
     device: str,  # "cpu" or "cuda"
 ) -> tuple["PipelineQuantizationConfig | None", str]:  # for `load_pipeline`, or None; a warning, or ""
-    "The quantization that a pipeline is loaded with."
+    "The quantization that a pipeline is loaded with. Raises `ModelError` for a model that is not readable."
     parts = {model.denoiser if name == "denoiser" else name: method
              for name, method in quantized_parts(setting).items()}
     classes = dict(components(model.folder))

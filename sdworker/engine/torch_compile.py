@@ -147,7 +147,7 @@ def compile_denoiser(
     denoiser: torch.nn.Module,  # of diffusers
     mode: str,  # "cuda-graph", "reduce-overhead", "regional" or "cached"
 ) -> None:
-    "Have a denoiser draw with compiled or recorded code, which is made at the first calls."
+    "Switch a denoiser to compiled or recorded code, which is made at the first calls."
     if mode == "cuda-graph":
         denoiser.forward = RecordedForward(denoiser.forward, next(denoiser.parameters()).device)
         return
@@ -163,7 +163,7 @@ def compile_denoiser(
 def restore_denoiser(
     denoiser: torch.nn.Module,  # is changed back in place
 ) -> None:
-    "Have a denoiser draw with its plain code again."
+    "Switch a denoiser back to its plain code."
     vars(denoiser).pop("forward", None)
     for module in denoiser.modules():
         module._compiled_call_impl = None

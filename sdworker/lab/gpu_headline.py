@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'ATTENTION', 'AOT', 'WAYS', 'PROMPT', 'SCRIPT', 'DENSE', 'PUBLISHED', 'channels_last', 'vae_half',
-           'fused_qkv', 'fp8', 'compile_blocks', 'compile_whole', 'record_denoiser', 'attention_of', 'engine_of',
+           'fused_qkv', 'fp8', 'compile_blocks', 'compile_full_graphs', 'record_denoiser', 'attention_of', 'engine_of',
            'signal_to_difference', 'against_eager', 'image_request', 'measure_way', 'way_in_process',
            'image_operations', 'job_overhead', 'headline', 'write_headline', 'machine_of', 'step_share',
            'headline_table', 'headline_sentence', 'plot_headline']
@@ -87,7 +87,7 @@ def compile_blocks(
     "Compile the block that the denoiser repeats, for all sizes."
     engine.pipe.unet.compile_repeated_blocks(fullgraph=True, dynamic=True, **_compiler(engine))
 
-def compile_whole(
+def compile_full_graphs(
     engine: "FamilyEngine",  # its denoiser and VAE are changed in place
     mode: str | None = None,  # a mode of `torch.compile`; None: its default
 ) -> None:
@@ -110,9 +110,9 @@ def record_denoiser(
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00023
 CHANGES: dict[str, Callable[["FamilyEngine"], None]] = {
     "channels last": channels_last, "VAE half": vae_half, "fused QKV": fused_qkv, "CUDA graph": record_denoiser,
-    "fp8": fp8, "compiled by blocks": compile_blocks, "compiled": compile_whole,
-    "reduce-overhead": partial(compile_whole, mode="reduce-overhead"),
-    "max-autotune": partial(compile_whole, mode="max-autotune")}
+    "fp8": fp8, "compiled by blocks": compile_blocks, "compiled": compile_full_graphs,
+    "reduce-overhead": partial(compile_full_graphs, mode="reduce-overhead"),
+    "max-autotune": partial(compile_full_graphs, mode="max-autotune")}
 ATTENTION = {"flash attention": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
              "cuDNN attention": ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
              "efficient attention": ("EFFICIENT_ATTENTION", "MATH")}
@@ -294,8 +294,8 @@ def job_overhead(
     "Send a worker five jobs of one image; the first is not counted. Raises `ChildProcessError` if any fails."
     size = {name: value for name, value in image_request(setup.dry).items() if name in ("width", "height")}
     request = size | {"prompt": PROMPT, "num_inference_steps": image_request(setup.dry)["steps"]}
-    jobs = [{"id": f"{form} {k}", "input": request | {"seed": k, "image_format": form}}
-            for k, form in enumerate(("png", "png", "png", "jpeg", "jpeg"))]
+    jobs = [{"id": f"{image_format} {k}", "input": request | {"seed": k, "image_format": image_format}}
+            for k, image_format in enumerate(("png", "png", "png", "jpeg", "jpeg"))]
     worker_run = run_workers([sys.executable, "-m", "sdworker.cli.main", "start"], jobs, {
         "SDWORKER_MODEL": str(sdxl_folder(setup)), "SDWORKER_DEVICE": setup.device,
         "SDWORKER_ENGINE": "diffusers"}, limit)
@@ -306,9 +306,10 @@ def job_overhead(
         timings = worker_run.answers[job]["output"]["timings"]
         total = worker_run.answered_at[job] - worker_run.taken_at[job]
         drawing = sum(timings[stage] for stage in DRAWING)
-        rows[job] = {"whole": total, "in the worker": timings["total"], "beside drawing": total - drawing}
-    return {form: statistics.median(row["beside drawing"] for job, row in rows.items() if job.startswith(form))
-            for form in ("png", "jpeg")} | {"jobs": rows}
+        rows[job] = {"total": total, "in the worker": timings["total"], "overhead": total - drawing}
+    return {image_format: statistics.median(
+        row["overhead"] for job, row in rows.items() if job.startswith(image_format))
+            for image_format in ("png", "jpeg")} | {"jobs": rows}
 
 # %% ../../nbs/8_lab/11_gpu_headline.ipynb #97c00044
 def headline(
@@ -416,7 +417,7 @@ def _bound(record: Mapping[str, Any]) -> list[str]:
         at_best = f", {counted['image'] / dense:.2f} s at the vendor's rate" if dense else ""
         lines.append(f"The arithmetic of the image: {counted['image'] / 1e12:.3g} TFLOP{at_best}.")
     if record["jobs"]:
-        png, jpeg = (1000 * record["jobs"][form] for form in ("png", "jpeg"))
+        png, jpeg = (1000 * record["jobs"][image_format] for image_format in ("png", "jpeg"))
         lines.append(f"A job adds {png:.0f} ms with PNG, {jpeg:.0f} ms with JPEG.")
     return ["", *lines]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'LEFT_OUT', 'PLATFORMS', 'STAGE', 'RECORDS', 'EXAMPLES', 'Stage', 'stage_table', 'stage_function',
            'headline_ways', 'bench_rows', 'run_in_time', 'compiler_environment', 'reach', 'project_requirements',
-           'installed_there', 'to_carry', 'download_wheels', 'make_environment', 'run_stage', 'run', 'public',
+           'installed_packages', 'to_carry', 'download_wheels', 'make_environment', 'run_stage', 'run', 'public',
            'collect', 'prepare', 'parser', 'main']
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00003
@@ -191,7 +191,7 @@ def project_requirements(
 LEFT_OUT = {"boto3", "fastapi", "inquirerpy", "prettytable", "watchdog"}  # the SDK requires them, no start imports them
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
-def installed_there(
+def installed_packages(
     text: str,  # a line for each package, "name==version" as of `pip freeze`, or "name": any version will do
 ) -> dict[str, str]:  # version by normalized name
     "The packages of the other machine."
@@ -200,7 +200,7 @@ def installed_there(
 
 def to_carry(
     requirements: Iterable[str],  # such as "torch>=2.10"
-    there: Mapping[str, str],  # from `installed_there`
+    installed: Mapping[str, str],  # from `installed_packages`
     python: str = "3.12",  # version of the other machine's Python
 ) -> dict[str, str]:  # version by name
     "The packages to carry. Raises ValueError if the other machine's torch does not fit or a package is missing here."
@@ -208,18 +208,18 @@ def to_carry(
 
     def of(one: Requirement) -> Iterable[str]:  # notes the package in `carried`, unless it stays behind
         name = canonicalize_name(one.name)
-        fits = name in there and (not there[name] or one.specifier.contains(there[name], prereleases=True))
+        fits = name in installed and (not installed[name] or one.specifier.contains(installed[name], prereleases=True))
         if name in LEFT_OUT or fits:
             return ()
         if name == "torch":
-            raise ValueError(f"torch is {there.get(name, 'missing')} on the other machine, and {one} is needed.")
+            raise ValueError(f"torch is {installed.get(name, 'missing')} on the other machine, and {one} is needed.")
         try:
-            here = importlib.metadata.distribution(one.name)
+            distribution = importlib.metadata.distribution(one.name)
         except importlib.metadata.PackageNotFoundError:
             raise ValueError(f"{one} is needed on the other machine, and is not installed here; run `make venv`, and "
                              "this again with .venv/bin/python.") from None
-        carried[name] = here.version
-        return here.requires or ()
+        carried[name] = distribution.version
+        return distribution.requires or ()
     reach(requirements, of, python_version=python, python_full_version=f"{python}.0")
     return dict(sorted(carried.items()))
 
@@ -373,7 +373,7 @@ def collect(
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00037
 def prepare(
     root: Path,  # of the repository
-    there: Mapping[str, str],  # from `installed_there`
+    installed: Mapping[str, str],  # from `installed_packages`
     python: str = "3.12",  # version of the other machine's Python
     limit: int = 64,  # MiB that may travel
 ) -> list[str]:  # lines to show
@@ -389,7 +389,7 @@ def prepare(
     for record in earlier:
         if not (state / record.name).exists():
             shutil.copyfile(record, state / record.name)
-    wheels = download_wheels(to_carry(project_requirements(root), there, python), root / ".whl", python)
+    wheels = download_wheels(to_carry(project_requirements(root), installed, python), root / ".whl", python)
     listed = subprocess.check_output([*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], text=True)
     tree = sum(path.stat().st_size for name in listed.split("\0")[:-1] if (path := root / name).is_file())
     carried = sum(path.stat().st_size for path in [*wheels, *state.iterdir()])
@@ -407,7 +407,7 @@ examples:
   python -m sdworker.lab.gpu_programme run headline --seconds 300   with less time
   python -m sdworker.lab.gpu_programme run checks --dry             in small, on a processor
   python -m sdworker.lab.gpu_programme collect out/gpu              take the records over
-  python -m sdworker.lab.gpu_programme prepare --there there.txt    for a machine without a network; its pip freeze
+  python -m sdworker.lab.gpu_programme prepare --packages freeze.txt    for a machine without a network; its pip freeze
 """
 
 def parser() -> argparse.ArgumentParser:
@@ -428,8 +428,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("collect", help="take the records of a call over into results/")
     one.add_argument("folder", metavar="FOLDER", type=Path)
     one = commands.add_parser("prepare", help="make ready for a machine without a network")
-    one.add_argument("--there", type=Path, required=True, help="file: what `pip freeze` prints there, or names alone")
-    one.add_argument("--python", default="3.12", help="version there (default: 3.12)")
+    one.add_argument("--packages", type=Path, required=True, help="file: `pip freeze` of that machine, or names")
+    one.add_argument("--python", default="3.12", help="its version on that machine (default: 3.12)")
     one.add_argument("--limit", type=int, default=64, help="MiB that may travel (default: 64)")
     return top
 
@@ -446,7 +446,7 @@ def main(
         if options.command == "collect":
             print(*collect(options.folder, root), sep="\n")
             return 0
-        print(*prepare(root, installed_there(options.there.read_text()), options.python, options.limit), sep="\n")
+        print(*prepare(root, installed_packages(options.packages.read_text()), options.python, options.limit), sep="\n")
         print("Commands for the other machine, in this folder with .whl and .gpu; after each, here: collect FOLDER")
         for name, stage in STAGES.items():
             print(f"  python3 -m sdworker.lab.gpu_programme run {name:10}# {stage.answers}")

@@ -251,7 +251,7 @@ def current_image(
     http: httpx.Client,  # at `API`
     name: str,  # of the template
 ) -> str:  # empty: there is no template yet
-    "Return the image of an existing template, so that other settings can be changed without naming it."
+    "Return an existing template's image, so that it need not be named again; raises `ClientError` or `DeployError`."
     return (find(http, TEMPLATES, name) or {}).get("image", "")
 
 def account_of(
@@ -265,7 +265,7 @@ def status(
     http: httpx.Client,  # at `API`
     name: str,  # or id
 ) -> dict[str, Any]:  # "endpoint", and "workers" by state
-    "Return an endpoint without its secrets; raises `DeployError` if there is none."
+    "Return an endpoint without its secrets; raises `DeployError` if there is none, or `ClientError`."
     existing = find(http, ENDPOINTS, name)
     if existing is None:
         raise DeployError(f"there is no endpoint called {name!r}.")
@@ -276,7 +276,7 @@ def delete(
     http: httpx.Client,  # at `API`
     name: str,  # or the endpoint's id, while the endpoint exists
 ) -> list[str]:  # the deleted ones, such as "endpoint e1"
-    "Delete an endpoint and its template, if they exist; raises `ClientError`."
+    "Delete an endpoint and its template, if they exist; raises `ClientError`, or `DeployError` if there are several."
     deleted = []
     for what, path in (("endpoint", ENDPOINTS), ("template", TEMPLATES)):
         if existing := find(http, path, name):

@@ -147,7 +147,7 @@ def has_code(
 def attention(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
-    "Check that the requested attention can be used."
+    "Check that the requested attention can be used; raises `ModelError`."
     if settings.attention == "sdpa":
         return ok("attention", "PyTorch's own, which was measured to be best.")
     from sdworker.engine.attention import why_unfit
@@ -172,7 +172,7 @@ def attention(
 def memory(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
-    "Compare the GPU's free memory with a full batch of the model's native size."
+    "Compare the GPU's free memory with a full batch of the model's native size; raises `ModelError`."
     gpu = gpu_facts()
     if not gpu:
         return ok("memory", "there is no GPU.")
@@ -230,7 +230,7 @@ def start(
 def aot(
     settings: Settings,  # to be checked
 ) -> Finding:  # state, finding and remedy
-    "Check whether the AOT engine draws, and if not, why."
+    "Check whether the AOT engine draws, and if not, why; raises `ModelError`."
     from sdworker.start.load import place
 
     if settings.engine == "diffusers":

@@ -37,7 +37,7 @@ class Model:
 
     @property
     def memory(self) -> int:  # GB
-        "Return the memory of the smallest GPU that holds all of its weights."
+        "Return the memory of the smallest GPU that holds all of its weights; raises `ValueError` if none does."
         return gpu_for(family_of(self.pipeline))
 
 MODELS = {

@@ -47,13 +47,13 @@ class Load:
 
 def poisson(
     a_day: float,  # requests a day, above 0
-    seconds: float,  # busy time of a worker for one request, mean
+    seconds: float,  # mean busy time of a worker for one request; the times are exponentially distributed
     days: float = 1.0,  # length of the load
     swing: float = 0.0,  # 0..1: relative difference of the busiest and the quietest hour from the mean rate
     burst: int = 1,  # requests that arrive together
     seed: int = 0,  # of the random generator
 ) -> Load:  # with one image for each request
-    "Generate a Poisson process with a daily swing, of single requests or bursts, with exponential busy times."
+    "Generate a Poisson process with a daily swing, of single requests or bursts. Raises `PlanError`."
     rng, max_rate = np.random.default_rng(seed), a_day * (1 + swing) / 86400 / burst
     # draw arrivals at the highest rate, a fifth more than needed, then drop some of them where the rate is lower
     times = np.cumsum(rng.exponential(1 / max_rate, max(int(1.2 * max_rate * days * 86400) + 50, 1)))
@@ -247,8 +247,8 @@ def _scale(self: _Run, job: int) -> None:
     "Start workers for a request that found no idle worker."
     endpoint = self.endpoint
     if endpoint.count:  # one worker for each `count` requests, rounded up
-        wanted = math.ceil((len(self.queue) + self.busy_workers) / endpoint.count)
-        for _ in range(min(endpoint.max_workers, wanted) - self.up):
+        target = math.ceil((len(self.queue) + self.busy_workers) / endpoint.count)
+        for _ in range(min(endpoint.max_workers, target) - self.up):
             self.launch()
     elif not self.up:
         self.launch()
@@ -309,11 +309,10 @@ def simulate(
 # %% ../../nbs/6_operate/03_plan.ipynb #76305ca4
 def workers_over_time(
     outcome: Outcome,  # from `simulate`
-    parts: int = 48,  # of the time from the first request to the end of the last worker
-) -> list[float]:  # mean number of workers in each part
+) -> list[float]:  # mean number in each of 48 parts of the time from the first request to the last worker's end
     "Return the number of workers over time."
     started, ended = (np.array([getattr(one, name) for one in outcome.workers]) for name in ("started", "ended"))
-    edges = np.linspace(0, ended.max(), parts + 1)
+    edges = np.linspace(0, ended.max(), 49)
     # seconds of all workers together, from the start up to each edge
     seconds = np.array([np.clip(edge - started, 0, ended - started).sum() for edge in edges])
     return (np.diff(seconds) / max(edges[1], 1e-9)).tolist()

@@ -52,7 +52,7 @@ def _draw(request: Request, max_batch: int, on_picture: OnPicture) -> Drawn:
 def respond(
     payload: Any,  # the job's "input"
 ) -> dict[str, Any]:  # the answer
-    "Check a request, draw it, and put the answer together. Raises `RequestError`, `Unsuited` or `ModelError`."
+    "Check, draw and answer a request. Raises `RequestError`, `Unsuited`, `ModelError` or `SettingsError`."
     model, limits = model_info(), get_settings()
     request, encodings = parse_request(payload, model, limits), []  # futures of data URIs
     with ThreadPoolExecutor(2, "encode") as pool:

@@ -25,31 +25,32 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 def encode(
     image: Image.Image,  # RGB
-    kind: str = "png",  # a key of `FORMATS`
+    image_format: str = "png",  # a key of `FORMATS`
     quality: int | None = None,  # 1..100, of JPEG and WebP; default: 90
 ) -> bytes:
     "Encode a picture fast; PNG without loss. Raises `ValueError` for PNG with a quality."
-    if quality and "quality" not in FORMATS[kind]:
-        raise ValueError(f"{kind} has no quality; it loses nothing.")
+    if quality and "quality" not in FORMATS[image_format]:
+        raise ValueError(f"{image_format} has no quality; it loses nothing.")
     buffer = io.BytesIO()
-    image.save(buffer, kind, **FORMATS[kind] | ({"quality": quality} if quality else {}))
+    image.save(buffer, image_format, **FORMATS[image_format] | ({"quality": quality} if quality else {}))
     return buffer.getvalue()
 
 # %% ../../nbs/5_serve/04_image_io.ipynb #d689b3e9
 def data_uri(
     image: Image.Image,  # RGB
-    kind: str = "png",  # a key of `FORMATS`
+    image_format: str = "png",  # a key of `FORMATS`
     **options: Any,  # of `encode`
 ) -> str:  # "data:image/png;base64,..."
-    "Encode a picture as text."
-    return f"data:image/{kind};base64," + base64.b64encode(encode(image, kind, **options)).decode("ascii")
+    "Encode a picture as text; raises `ValueError` for PNG with a quality."
+    data = base64.b64encode(encode(image, image_format, **options)).decode("ascii")
+    return f"data:image/{image_format};base64,{data}"
 
 def from_data_uri(
     text: str,  # as made by `data_uri`
 ) -> Image.Image:  # fully read
     "Decode a data URI's picture; raises `ValueError`."
-    kind, _, data = text.partition(",")
-    if not kind.startswith("data:image/") or not kind.endswith(";base64"):
+    head, _, data = text.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError(f"not a data URI with an image: {text[:40]!r}.")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
@@ -64,6 +65,6 @@ def save(
     path: Path,  # .png, .jpeg or .webp; its folder is made
     **options: Any,  # of `encode`
 ) -> Path:  # `path`
-    "Write a picture to a file, in the format of its name."
-    options = {"kind": path.suffix[1:]} | options  # a `kind` in the options takes precedence
+    "Write a picture to a file, in the format of its name; raises `ValueError` for PNG with a quality."
+    options = {"image_format": path.suffix[1:]} | options  # an `image_format` in the options takes precedence
     return write_file(path, encode(image, **options))

@@ -24,7 +24,7 @@ from ..core.checkpoint_files import components
 from ..core.model_info import ModelError, ModelInfo, Unsuited, read_model_info
 from ..core.settings import Settings, get_settings
 from ..engine.build_pipeline import addons_present, build_pipeline
-from ..engine.few_step import with_preset
+from ..engine.few_step import with_few_step
 from sdworker.start.fast_imports import (
     complete_torch_import,
     fast_import_mode,
@@ -43,10 +43,11 @@ log = logging.getLogger("sdworker")
 
 # %% ../../nbs/4_start/04_load.ipynb #b8f4d518
 @lru_cache(maxsize=1)
-def model_info() -> ModelInfo:  # with the defaults of its few-step preset, if it has one
-    "Return what is known of the settings' model, read at the first call; raises `ModelError`."
+def model_info() -> ModelInfo:  # with the defaults of a few-step model, if it is one
+    "Return what is known of the settings' model, read at the first call; raises `ModelError` or `SettingsError`."
     settings = get_settings()
-    return with_preset(read_model_info(locate_or_download(settings, weights=False), settings.model), settings.few_step)
+    model = read_model_info(locate_or_download(settings, weights=False), settings.model)
+    return with_few_step(model, settings.few_step)
 
 # %% ../../nbs/4_start/04_load.ipynb #0603d9a8
 def place(
