@@ -72,7 +72,7 @@ def test_compiled_code_is_measured_dry(compiled):
     assert record["starts"]["aot"]["rows"]["total"] > 0 and record["images"]["images"]["4"]["ratio"] > 0
     assert record["compile"]["backend"] == "eager" and record["compile"]["first_call"] > 0
     shown = aot_table(record)
-    assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "the usual worker" in shown
+    assert record["gpu"]["name"] in shown and "figures mean nothing" in shown and "the naive worker" in shown
 
 
 @pytest.mark.slow

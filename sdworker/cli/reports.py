@@ -75,7 +75,7 @@ _Plot = Annotated[Path | None, typer.Option(callback=_checked_plot, help="Draw t
 def coldstart(
     repeat: Annotated[int, typer.Option("--repeat", "-n", min=1, max=1000, help="Starts of each worker.")] = 3,
     against: Annotated[Literal["naive"] | None, typer.Option(
-        help="Compare, interleaved, with the usual worker: it imports all, loads the model, starts the SDK.")] = None,
+        help="Compare, interleaved, with the naive worker: it imports all, loads the model, starts the SDK.")] = None,
     engine: Annotated[Literal["auto", "aot", "diffusers"] | None, typer.Option(
         help="Engine of our worker; default: SDWORKER_ENGINE.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave libraries and weights in the page cache.")] = False,

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.checkpoint_files import components, has_weights
-from ..core.families import FAMILIES, VAE_LEVELS
+from ..core.families import VAE_LEVELS, flux_text_length
 from ..core.model_info import ModelInfo
 from .diffusers_pipeline import bare_components
 from .offload import use_vae
@@ -106,7 +106,7 @@ def _sd3(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
             "pooled_projections": blank(n, config.pooled_projection_dim)}
 
 def _flux(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
-    text_tokens = FAMILIES["FluxPipeline"].text_length(config) or shape.text_tokens
+    text_tokens = flux_text_length(config) or shape.text_tokens
     return {"hidden_states": blank(n, shape.tokens, config.in_channels), "timestep": blank(n),
             "encoder_hidden_states": blank(n, text_tokens, config.joint_attention_dim),
             "pooled_projections": blank(n, config.pooled_projection_dim), "img_ids": blank(shape.tokens, 3),

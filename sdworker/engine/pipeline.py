@@ -176,12 +176,14 @@ def pipeline_for_mode(
     other.set_progress_bar_config(disable=True)
     return other
 
+# %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb1
+def _in_stages(family: Family, params: SamplingParams) -> bool:
+    "Whether a batch is drawn in three calls: encode, denoise, decode."
+    return family.staged and params.mode == "txt2img"
+
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
 class FamilyEngine(DiffusersEngine):
-    """The diffusers engine of a worker: draws with a pipeline of any class, from noise or from pictures.
-
-    It is an `Engine`. Raises `ModelError` if the model cannot be loaded.
-    """
+    "An `Engine` that draws with a diffusers pipeline of any class, from noise or pictures. Raises `ModelError`."
     def __init__(self, *args: Any, **kwargs: Any):  # those of `DiffusersEngine`
         super().__init__(*args, **kwargs)
         self.reset_step_cache = lambda steps: None  # called before each denoising
@@ -190,31 +192,28 @@ class FamilyEngine(DiffusersEngine):
         if self.model.family.reads_pictures:
             vars(self.pipe)["processor"] = QwenVLProcessor(self.model.folder / "processor", self.pipe.tokenizer)
 
-    def _staged(self, params: SamplingParams) -> bool:
-        return self.model.family.staged and params.mode == "txt2img"
-
     def route(self, params, images):
         "As of `Engine`; raises `Unsuited` for `refiner_start` without a refiner, and for a field that it would ignore."
         if params.refiner_start < 1 and not self.refine:
             raise Unsuited(f"refiner_start is {params.refiner_start:g}, and this model has no refiner; leave it out.")
-        refuse_ignored(params, STAGED_FIELDS | {"refiner_start"} if self._staged(params) else ONE_CALL_FIELDS)
+        refuse_ignored(params, STAGED_FIELDS | {"refiner_start"} if _in_stages(self.model.family, params)
+                       else ONE_CALL_FIELDS)
         return self, self.warnings
 
     def encode(self, specs, params):
         "Embed the prompts of a batch; nothing for a family that is drawn in one call."
         for owner in [self.refine, self] if self.refine else [self]:  # `self` last: shared parts keep its hooks
             owner.pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
-        return super().encode(specs, params) if self._staged(params) else {}
+        return super().encode(specs, params) if _in_stages(self.model.family, params) else {}
 
     def denoise(self, encoded, specs, params, on_step=None):
         "Draw the latents of a batch, or the pixels of a family that is drawn in one call. Raises `Unsuited`."
         import diffusers
-
         sampler = getattr(diffusers, SAMPLERS[params.sampler][0]) if params.sampler else self.pipe.scheduler
         self.reset_step_cache(params.steps * sampler.order)  # calls of the denoiser
         if params.refiner_start < 1:
             return self.refine(encoded, specs, params, on_step)
-        if self._staged(params):
+        if _in_stages(self.model.family, params):
             return super().denoise(encoded, specs, params, on_step)
         pipe = pipeline_for_mode(self.pipe, self.model.family, params.mode)
         return run_pipeline(pipe, self.model.family, specs, params, on_step)
