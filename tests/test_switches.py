@@ -42,8 +42,9 @@ def plainly():
     return list(draw_pairs(plain(), PROMPT_SEEDS, 10))
 
 
-def verdict(engine, switch):
-    return compare_to_baseline(list(draw_pairs(engine, PROMPT_SEEDS, 10, **switch.request)), plainly(), switch.min_psnr)
+def verdict(engine, switch, n=20):
+    drawn = list(draw_pairs(engine, PROMPT_SEEDS[:n], 10, **switch.request))
+    return compare_to_baseline(drawn, plainly()[:n], switch.min_psnr)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +144,8 @@ def test_the_gate_finds_a_number_format_that_is_too_coarse():
     for parameter in engine.pipe.unet.parameters():
         scale = parameter.abs().max() / 7
         parameter.data = (parameter / scale).round() * scale  # four bits
-    assert not verdict(engine, SWITCHES["bfloat16"]).passed
+    # four pictures are enough to see it; bfloat16 is slow on a processor without instructions for it
+    assert not verdict(engine, SWITCHES["bfloat16"], 4).passed
 
 
 @pytest.mark.slow
