@@ -281,9 +281,9 @@ def test_the_suite_for_a_model_of_five_hundred_megabytes_runs_in_small(tmp_path)
     command = [sys.executable, "-m", "sdworker.lab.bench_aot", "--tiny", "--record", tmp_path, "--scratch", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     report = json.loads((tmp_path / "aot-tiny.json").read_text())
-    assert report["memory"]["weights"] >= 500e6 and "ratio" in report["memory"], report["memory"]
-    assert "total" in report["starts"]["aot"]["rows"] and set(report["images"]) == {"1", "4"}
-    assert "first_call" in report["compile"] and report["bake"]["bytes"] > 0
+    assert report["memory"]["weights"] >= 500e6 and report["memory"]["ratio"] > 0, report["memory"]
+    assert report["starts"]["aot"]["rows"]["total"] > 0 and set(report["images"]) == {"1", "4"}
+    assert report["compile"]["first_call"] > 0 and report["bake"]["bytes"] > 0
 
 
 @pytest.mark.timeout(900)

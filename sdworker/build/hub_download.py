@@ -127,15 +127,17 @@ def list_on_hub(
              for entry in info.siblings if stays_inside(entry.rfilename)}
     return Listing(repository, info.sha, license, files)
 
+_TRIES = 4  # of a request, at most
+
 def _with_retries(request: Callable[[], Any]) -> Any:
     "Repeat a request after 1, 2 and 4 seconds, while the hub answers with a server error (5xx)."
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(4):
+    for attempt in range(_TRIES):
         try:
             return request()
         except HfHubHTTPError as error:
-            if attempt == 3 or error.response.status_code < 500:
+            if attempt == _TRIES - 1 or error.response.status_code < 500:
                 raise
             time.sleep(2**attempt)
 

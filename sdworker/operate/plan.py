@@ -312,7 +312,7 @@ def workers_over_time(
 ) -> list[float]:  # mean number in each of 48 parts of the time from the first request to the last worker's end
     "Return the number of workers over time."
     started, ended = (np.array([getattr(one, name) for one in outcome.workers]) for name in ("started", "ended"))
-    edges = np.linspace(0, ended.max(), 49)
+    edges = np.linspace(0, ended.max(), 48 + 1)
     # seconds of all workers together, from the start up to each edge
     seconds = np.array([np.clip(edge - started, 0, ended - started).sum() for edge in edges])
     return (np.diff(seconds) / max(edges[1], 1e-9)).tolist()
