@@ -267,8 +267,8 @@ def export_package(
                          f"{model.name} is a {model.pipeline}; for others see SDWORKER_COMPILE.", lasting=True)
     key = package_key(model, device, dtype, quantize)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
-    name = re.sub(r"[^a-z0-9.]+", "-", model.name.lower()).strip("-")
-    folder = to / f"{name}-{key['architecture']}-{digest}"
+    name = re.sub(r"[^a-z0-9._]+", "-", f"{model.name} {key['architecture']}".lower()).strip("-")
+    folder = to / f"{name}-{digest}"
     to.mkdir(parents=True, exist_ok=True)
     with FileLock(to / f".{folder.name}.lock"):
         if folder.exists() and not incompatibility(folder, key):
