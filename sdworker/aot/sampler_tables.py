@@ -111,7 +111,7 @@ def shifted(
 
 # %% ../../nbs/3_aot/01_sampler_tables.ipynb #41ad322d
 def seeded(
-    seed: int,  # 0..2**32-1
+    seed: int,  # 0..2**64-1
 ) -> torch.Generator:  # on the CPU
     "A generator as from torch.Generator().manual_seed, without the imports of that call."
     return torch.default_generator.clone_state().manual_seed(seed)

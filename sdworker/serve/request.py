@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageOps
-from pydantic import Field, PlainValidator, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError
 
 from ..core.families import FAMILIES, UNKNOWN
 from ..core.model_info import ModelInfo, fit
 from ..core.schedulers import SAMPLER_GROUPS, STAND_INS
 from ..core.settings import Settings, complaint
 from ..engine.build_pipeline import addons_present
-from ..engine.types import Request, valid_unicode
+from ..engine.types import Request, Whole, valid_unicode
 
 # %% ../../nbs/5_serve/02_request.ipynb #7d812c8f
 def _picture_text(value: Any) -> str | None:
@@ -32,12 +32,18 @@ def _picture_text(value: Any) -> str | None:
 PictureText = Annotated[Image.Image | None, PlainValidator(_picture_text)]  # text, until `parse_request` decodes it
 
 # %% ../../nbs/5_serve/02_request.ipynb #0b9ec5eb
+def _image_format(value: Any) -> Any:
+    "A format in the spelling of this page: PNG and jpg are known too; empty is the default."
+    plain = value.strip().lower() if isinstance(value, str) else value
+    return {"": None, "jpg": "jpeg"}.get(plain, plain)
+
 class JobRequest(Request):
     "A request with its output options, as a job's JSON has it. `parse_request` makes one, with decoded pictures."
     image: PictureText = None  # in JSON text: base64, or a data URI
     mask_image: PictureText = None  # as `image`
-    image_format: Literal["png", "jpeg", "webp"] | None = None  # None: png, which loses nothing
-    image_quality: int | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
+    # None: png, which loses nothing
+    image_format: Annotated[Literal["png", "jpeg", "webp"] | None, BeforeValidator(_image_format)] = None
+    image_quality: Whole | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
     @property
     def output(self) -> dict[str, Any]:  # "image_format" and "quality"; quality None: the format's default
@@ -170,7 +176,9 @@ def parse_request(
     try:
         request = JobRequest.model_validate(fields, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise RequestError(complaint(error, private=("prompt", "negative_prompt", "image", "mask_image"))) from None
+        known = [field.alias or name for name, field in JobRequest.model_fields.items()]
+        private = ("prompt", "negative_prompt", "image", "mask_image")
+        raise RequestError(complaint(error, private=private, known=known)) from None
     if first := next(_breaches(request, model, limits), None):
         raise RequestError(first)
     return _with_pictures(request, model, limits)
