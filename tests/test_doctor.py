@@ -53,7 +53,9 @@ def test_a_healthy_machine_without_a_gpu_has_warnings_and_no_failures(tmp_path):
 
 CLOSED = {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:9/", "BUCKET_ACCESS_KEY_ID": "x", "BUCKET_SECRET_ACCESS_KEY": "y"}
 FAULTS = {
-    "a name misspelt": ("settings", "fail", "did you mean SDWORKER_MODEL?", "", {"SDWORKER_MODLE": "embedded"}),
+    "a name misspelt": ("settings", "warn", "did you mean SDWORKER_MODEL?", "", {"SDWORKER_MODLE": "embedded"}),
+    "a value that makes no sense": ("settings", "fail", "SDWORKER_MAX_STEPS is 'many'", "",
+                                    {"SDWORKER_MAX_STEPS": "many"}),
     "a full disk": ("disk", "warn", "0.1 GB free", DISK.format(free=1e8), {}),
     "a cache that cannot be written": ("caches", "warn", "cannot be written", "", {"TORCH_HOME": "/proc/nowhere"}),
     "no model, and none may be fetched": ("weights", "fail", "was not found", "",

@@ -150,9 +150,9 @@ def test_the_local_api_ends_as_well():
 
 @pytest.fixture
 def wrong_variable(monkeypatch):
-    monkeypatch.setenv("SDWORKER_LOG_EVRY", "3")
+    monkeypatch.setenv("SDWORKER_DEVICE", "tpu")
     get_settings.cache_clear()
-    yield "SDWORKER_LOG_EVRY is not a setting; did you mean SDWORKER_LOG_EVERY?"
+    yield "SDWORKER_DEVICE is 'tpu': should be 'auto', 'cpu' or 'cuda'."
     get_settings.cache_clear()
 
 
@@ -163,6 +163,15 @@ def test_settings_that_make_no_sense_at_each_door(wrong_variable):
     served = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], capture_output=True, text=True)
     assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"
     assert handler(job("one")) == {"error": wrong_variable, "refresh_worker": True}
+
+
+def test_a_cluster_s_variables_and_a_missing_home_do_not_end_a_start():
+    """Kubernetes names a service's port in SDWORKER_PORT; a container may run under a number that has no user."""
+    begin = worker("import os, pwd", "os.environ.pop('HOME')", "os.environ.pop('XDG_CACHE_HOME', None)",
+                   "pwd.getpwuid = lambda uid: {}[uid]")
+    worker_run = run_workers(begin, [job("one", num_inference_steps=2)], {"SDWORKER_PORT": "tcp://10.0.0.7:8000"})
+    assert worker_run.answers["one"].get("output", {}).get("images"), worker_run.log
+    assert "SDWORKER_PORT is not a setting, and changes nothing; remove it." in worker_run.log
 
 
 @pytest.mark.parametrize("odd", [None, [], "text", 5, {}, {"id": 5}, {"id": {"a": [1]}, "input": "x"}, {"id": None,

@@ -70,7 +70,7 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("environment", "message"), [
-    ({"SDWORKER_MODLE": "embedded"}, "did you mean SDWORKER_MODEL?"),
+    ({"SDWORKER_DEVICE": "tpu"}, "should be 'auto', 'cpu' or 'cuda'"),
     ({"SDWORKER_MAX_STEPS": "many"}, "SDWORKER_MAX_STEPS is 'many'"),
     ({"SDWORKER_MODEL": "/no/such/folder"}, "there is no such folder"),
 ])

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .bake import bake, log_every_tenth
+from .cache_dirs import user_cache
 from .hub_download import hub_error
 from .manifest import MANIFEST, check_files_fast, read_manifest
 from ..core.model_info import EMBEDDED, ModelError
@@ -97,11 +98,11 @@ def _folder_name(settings: Settings) -> str:
     return settings.model.replace("/", "--") + (f"@{settings.revision}" if settings.revision else "")
 
 def _own_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdworker" / "models"
+    return user_cache() / "sdworker" / "models"
 
 def _hub_cache() -> Path:
     "Where the hub's client keeps its files, without importing it."
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 # %% ../../nbs/1_build/05_locate.ipynb #cb71e560

@@ -20,7 +20,7 @@ import typer
 from .reports import app as reports
 from .reports import bar, plain_errors
 from ..serve.request import JobRequest, advice, parse_request
-from ..core.settings import SettingsError, get_settings
+from ..core.settings import SettingsError, get_settings, unknown_variables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown", help=(
@@ -107,7 +107,7 @@ def _local(payload: dict, out: Path, shown: bool) -> dict:
 
         drawn = draw(engine, *prepare(request, engine.model), settings.max_batch, on_step)
     return {"images": _write(drawn, out, request), "timings": drawn.timings.rounded(),
-            "warnings": advice(request, model) + drawn.warnings,
+            "warnings": advice(request, model) + drawn.warnings + unknown_variables(),
             "model": {"name": model.name, "pipeline": model.pipeline}}
 
 # %% ../../nbs/9_cli/02_main.ipynb #055913cb

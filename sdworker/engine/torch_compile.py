@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..build.cache_dirs import user_cache
 from ..core.checkpoint_files import write_file
 from ..core.model_info import ModelError, ModelInfo, read_json
 from .compiler_options import architecture, host_options, quoted_libraries
@@ -177,12 +178,11 @@ def is_compiled(
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #9caf14dc
 def cache_folder() -> Path:
     "The folder where the compiler keeps its code."
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     cache_dir_utils = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
     if cache_dir_utils and folder == cache_dir_utils.default_cache_dir():  # torch has set it, not the user
         folder = ""
-    return Path(folder or home / "sdworker" / "inductor")
+    return Path(folder or user_cache() / "sdworker" / "inductor")
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #7e7fd3a6
 def cache_key(

@@ -77,8 +77,7 @@ class Request(BaseModel):
     guidance: float | None = Field(None, alias="guidance_scale", ge=0, le=30, allow_inf_nan=False)  # 1: off
     guidance_stop: float | None = Field(None, ge=0, le=1)  # share of the steps after which guidance is off; None: 1
     sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(None, alias="scheduler")  # by any of its names
-    # seed + k for image k, or a list of seeds; None: random
-    seed: Annotated[int | list[int | None] | None, BeforeValidator(_seeds)] = None
+    seed: Annotated[int | list[int | None] | None, BeforeValidator(_seeds)] = None  # seed + k for image k; None: random
     n: Whole = Field(1, alias="num_images", ge=1)  # images of each prompt
     image: Image.Image | None = None  # RGB; to begin from, or to edit
     mask_image: Image.Image | None = None  # of the size of `image`; its white part is drawn anew

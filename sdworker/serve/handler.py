@@ -20,7 +20,7 @@ from typing import Any
 from ..build.cache_dirs import prepare_cache_folders
 from ..core.checkpoint_files import count_parameters, weight_files
 from ..core.model_info import ModelError, Unsuited
-from ..core.settings import SettingsError, get_settings
+from ..core.settings import SettingsError, get_settings, unknown_variables
 from ..engine.types import Drawn, OnPicture, Request, prepare
 from .image_io import data_uri
 from .monitor import note, open_nvml, set_up_log
@@ -180,7 +180,8 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     "Start the SDK with these command-line arguments."
     settings = get_settings()
     set_up_log(settings.log)
-    for warning in prepare_cache_folders():
+    # at a queue, `checks_at_start` has the same warnings of variables
+    for warning in [*prepare_cache_folders(), *([] if queue else unknown_variables())]:
         log.warning(warning)
     weight_bytes = _prefetch_and_count(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
     shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known only after the load

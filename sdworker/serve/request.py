@@ -41,8 +41,7 @@ class JobRequest(Request):
     "A request with its output options, as a job's JSON has it. `parse_request` makes one, with decoded pictures."
     image: PictureText = None  # in JSON text: base64, or a data URI
     mask_image: PictureText = None  # as `image`
-    # None: png, which loses nothing
-    image_format: Annotated[Literal["png", "jpeg", "webp"] | None, BeforeValidator(_image_format)] = None
+    image_format: Annotated[Literal["png", "jpeg", "webp"] | None, BeforeValidator(_image_format)] = None  # None: png
     image_quality: Whole | None = Field(None, ge=1, le=100)  # of jpeg and webp; None: 90
 
     @property

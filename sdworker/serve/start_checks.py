@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..build.cache_dirs import user_cache
 from ..build.locate import locate
 from ..core.model_info import ModelError
-from ..core.settings import Settings, SettingsError, read_settings
+from ..core.settings import Settings, SettingsError, read_settings, unknown_variables
 from ..start.load import model_info
 from ..start.timeline import LEDGER
 
@@ -89,7 +90,7 @@ def disk(
     settings: Settings,  # to be checked
 ) -> Finding:
     "Check the free space of the cache folder and the temporary folder."
-    places = {Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path(tempfile.gettempdir())}
+    places = {user_cache(), Path(tempfile.gettempdir())}
     # each place, or the nearest folder above it that exists
     existing = {next(folder for folder in (place, *place.parents) if folder.exists()) for place in places}
     free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}  # GB
@@ -178,7 +179,10 @@ def run_checks(
     except SettingsError as error:
         yield Finding("settings", "fail", str(error), "Correct the variable, or remove it; no worker starts with it.")
         return
-    yield ok("settings", f"they can be read; the profile is {settings.profile!r}.")
+    if unknown := unknown_variables():
+        yield Finding("settings", "warn", " ".join(unknown), "Correct the name, if it was meant for this worker.")
+    else:
+        yield ok("settings", f"they can be read; the profile is {settings.profile!r}.")
     yield from (run_check(check, settings) for check in checks)
 
 # %% ../../nbs/5_serve/01_start_checks.ipynb #3bd0322b
