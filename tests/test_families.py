@@ -105,7 +105,7 @@ def test_a_family_begins_from_a_picture(pipeline, tmp_path):
     assert wide.shape[1] > wide.shape[0], "the picture's shape, and about the model's area"
     assert np.abs(pixels(answers["halves"])[0] - half).max() <= 2, "the same alone and in a batch"
     assert np.array_equal(half[:, :32], start[:, :32]) and not np.array_equal(half[:, 32:], start[:, 32:])
-    assert "fetches nothing" in answers["address"]["error"] and "whole, as base64" in answers["broken"]["error"]
+    assert "fetches nothing" in answers["address"]["error"] and "is a PNG that is cut off" in answers["broken"]["error"]
     assert answers["mask alone"]["error"].startswith("mask_image is given without image")
     assert answers["none left"]["error"].startswith("strength is 0.6 at 1 step(s), of which none is left")
     assert answers["small mask"]["error"].endswith("the mask should be of the picture's size.")
