@@ -562,7 +562,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sdworker/engine/attention.py')},
             'sdworker.engine.build_pipeline': { 'sdworker.engine.build_pipeline._compile_conflict': ( '2_engine/build_pipeline.html#_compile_conflict',
                                                                                                       'sdworker/engine/build_pipeline.py'),
-                                                'sdworker.engine.build_pipeline._unknown_few_step': ( '2_engine/build_pipeline.html#_unknown_few_step',
+                                                'sdworker.engine.build_pipeline._few_step_warning': ( '2_engine/build_pipeline.html#_few_step_warning',
                                                                                                       'sdworker/engine/build_pipeline.py'),
                                                 'sdworker.engine.build_pipeline.addons_present': ( '2_engine/build_pipeline.html#addons_present',
                                                                                                    'sdworker/engine/build_pipeline.py'),

@@ -53,7 +53,7 @@ def build_pipeline(
                 use_step_cache(engine, settings.step_cache),
                 use_compile(engine.pipe, settings.compile, model, device, dtype, settings.offload,
                             _compile_conflict(settings, denoiser_quantized), settings.max_batch),
-                _unknown_few_step(settings, model)]
+                _few_step_warning(settings, model)]
     if engine.refine and settings.compile != "off":
         warnings.append(f"SDWORKER_COMPILE is {settings.compile!r}, which is not used for the refiner.")
     for pipe in [engine.refine.pipe, engine.pipe] if engine.refine else [engine.pipe]:
@@ -72,9 +72,13 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
 
-def _unknown_few_step(settings: Settings, model: ModelInfo) -> str:
-    "A warning if the family has no few-step model of the name that is set."
-    if settings.few_step in ("auto", "none") or few_step_of(model, settings.few_step):
+def _few_step_warning(settings: Settings, model: ModelInfo) -> str:
+    "A warning if a model is taken for a few-step model by its name, or if its family has none of the name that is set."
+    few_step = few_step_of(model, settings.few_step)
+    if few_step and settings.few_step == "auto":
+        return (f"{model.name} is taken for a few-step model by its name: by default it draws in {few_step.steps} "
+                f"step(s) at a guidance_scale of {few_step.guidance:g}; SDWORKER_FEW_STEP says what it is.")
+    if few_step or settings.few_step in ("auto", "none"):
         return ""
     return f"SDWORKER_FEW_STEP is {settings.few_step!r}, which {model.family.name} does not have."
 

@@ -7,6 +7,7 @@ __all__ = ['log', 'few_step_of', 'with_few_step', 'use_few_step']
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #d26d1428
 import logging
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,11 @@ def few_step_of(
     model: ModelInfo,  # its name, and its family's few-step models
     setting: str = "auto",  # as in SDWORKER_FEW_STEP
 ) -> FewStep | None:  # None: the model is no few-step model, or the family has none of that name
-    "Sampler, steps and guidance of a few-step model; \"auto\" looks for a name of the table in the model's name."
+    "Sampler, steps and guidance of a few-step model; \"auto\" looks for a word of the table in the model's name."
     few_step_models = model.family.few_step
     if setting == "auto":
-        model_name = model.name.rstrip("/").rpartition("/")[2].lower()  # without the folders above it
-        return next((few_step for name, few_step in few_step_models.items() if name in model_name), None)
+        words = re.split("[^a-z0-9]+", model.name.rstrip("/").rpartition("/")[2].lower())  # without the folders above
+        return next((few_step for name, few_step in few_step_models.items() if name in words), None)
     return few_step_models.get(setting)
 
 # %% ../../nbs/2_engine/09_few_step.ipynb #185e73f5
