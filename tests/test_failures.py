@@ -132,7 +132,8 @@ def test_the_local_api_ends_as_well():
     code = "\n".join([LIBRARY, "fail(sdworker.engine.pipeline.FamilyEngine, 'denoise', illegal)",
                       f"sdworker.serve.handler.serve(port={port})"])
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=os.environ | {"SDWORKER_LOAD": "lazy"})
+                               stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"SDWORKER_LOAD": "lazy", "SDWORKER_MODLE": "embedded"})
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client:
             for _ in range(600):
@@ -146,6 +147,7 @@ def test_the_local_api_ends_as_well():
         process.kill()
     assert answer["error"].startswith(LOST), log
     assert process.returncode == 1 and "the worker ends" in log
+    assert "SDWORKER_MODLE is not a setting, and changes nothing; did you mean SDWORKER_MODEL?" in log
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_settings_that_make_no_sense_at_each_door(wrong_variable):
 
 def test_a_cluster_s_variables_and_a_missing_home_do_not_end_a_start():
     """Kubernetes names a service's port in SDWORKER_PORT; a container may run under a number that has no user."""
-    begin = worker("import os, pwd", "os.environ.pop('HOME')", "os.environ.pop('XDG_CACHE_HOME', None)",
+    begin = worker("import os, pwd", "for name in ('HOME', 'XDG_CACHE_HOME'): os.environ.pop(name, None)",
                    "pwd.getpwuid = lambda uid: {}[uid]")
     worker_run = run_workers(begin, [job("one", num_inference_steps=2)], {"SDWORKER_PORT": "tcp://10.0.0.7:8000"})
     assert worker_run.answers["one"].get("output", {}).get("images"), worker_run.log

@@ -27,18 +27,18 @@ def decode_base64(
     name: str,  # of the request's field
 ) -> bytes:
     "Decode base64 in the spellings that clients use. Raises `RequestError` for an address, a path and other text."
+    if len(text) > MAX_BYTES * 1.4:  # base64 takes 4 letters for 3 bytes, and line breaks
+        raise RequestError(f"{name} has more than {MAX_BYTES / 1e6:.0f} MB: send a smaller picture, or a JPEG.")
     text = text.strip()
     if re.match(r"\w+://", text):
         raise RequestError(f"{name} is an address: this worker fetches nothing; send the picture itself, as base64.")
     if len(text) < 300 and re.match(r"(~|\.{0,2})/(?!9j/)|[A-Za-z]:\\", text):  # "/9j/" begins a JPEG
         raise RequestError(f"{name} is a path: this worker reads no files of a request; send the picture itself, as "
                            "base64.")
-    if len(text) > MAX_BYTES * 1.4:  # base64 takes 4 letters for 3 bytes, and line breaks
-        raise RequestError(f"{name} has more than {MAX_BYTES / 1e6:.0f} MB: send a smaller picture, or a JPEG.")
     data = re.sub(r"(?i)^data:[^,]*,", "", text)
     if "%" in data:
         data = unquote(data)
-    data = re.sub(r"\s*[\r\n\t]\s*", "", data.strip())
+    data = "".join(line.strip() for line in data.replace("\t", "\n").splitlines())
     data = data.replace(" ", "" if "+" in data else "+")  # a form turns every + into a blank
     data = data.replace("-", "+").replace("_", "/").rstrip("=")
     try:
@@ -114,7 +114,7 @@ def read_mask(
 
     image = _opened(text, name)
     pixels = np.asarray(image.convert("RGBA"))
-    colours, opaque = pixels[..., :3].astype(int), pixels[..., 3] >= 128
+    colours, opaque = pixels[..., :3], pixels[..., 3] >= 128
     coloured = np.ptp(colours, axis=2) > 64  # far from grey; JPEG alone changes less
     if opaque.all():
         if coloured.mean() > 0.001:

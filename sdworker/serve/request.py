@@ -159,13 +159,11 @@ def parse_request(
 
 # %% ../../nbs/5_serve/03_request.ipynb #6b1044eb
 def advice(
-    request: Request,  # checked; fields left out are None
+    request: JobRequest,  # checked; fields left out are None
     model: ModelInfo,  # that will draw
 ) -> list[str]:  # sentences for the response's "warnings"
     "Return what the sender should know about a request that is carried out."
-    size, warnings = (request.width or model.side, request.height or model.side), []
-    if isinstance(request, JobRequest):
-        warnings += request._warnings
+    size, warnings = (request.width or model.side, request.height or model.side), [*request._warnings]
     if size != (model.side, model.side) and not request.image:
         warnings.append(f"The size is {size[0]}x{size[1]}; {model.name} was made for {model.side}x{model.side}, "
                         "and others may look worse.")
