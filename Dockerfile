@@ -54,10 +54,8 @@ RUN --mount=type=cache,target=/build/pip \
     && find /opt/venv/lib -type d -name tests -prune -exec rm -r {} + \
     && python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash -x /py312_ /opt/venv/lib
 
-# The notebooks, and the tests of the worker. Left out of tests/: test_install and test_site, which want more tools,
-# test_gate, which draws for minutes on a CPU, and test_image itself; of the notebooks, those of the lab that time this
-# machine for minutes, and those of the GPU programme, which want git and pip. `make test-all` has them all.
-# What they pass with is then left out of the image: the lab, the training of the embedded model, the tiny models.
+# The notebooks of all that is shipped, and the tests of a worker in its process. What is not shipped, the lab and the
+# training of the embedded model, helps these to run and is then removed; `make test-all` tests that too.
 FROM deps AS test
 ARG TEST_REQUIREMENTS=.runpod/tests.lock
 ARG PIP_FIND_LINKS=
@@ -70,9 +68,8 @@ WORKDIR /src
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps --no-build-isolation \
         --no-compile --target /opt/sdworker . \
     && python -m compileall -q -f --invalidation-mode unchecked-hash /opt/sdworker
-RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore-glob='nbs/8_lab/04_*' --ignore=nbs/8_lab/05_bench.ipynb \
-        --ignore=nbs/8_lab/08_plan_vs_real.ipynb --ignore-glob='nbs/8_lab/*_gpu_*' \
-        tests/test_in_step.py tests/test_queue.py tests/test_serve.py tests/test_start.py \
+RUN OMP_NUM_THREADS=1 python -m pytest -x -n 2 nbs --ignore=nbs/8_lab --ignore=nbs/7_embedded/02_training.ipynb \
+        --ignore=nbs/7_embedded/03_tiny_models.ipynb tests/test_queue.py tests/test_serve.py tests/test_start.py \
     && rm -r /opt/sdworker/sdworker/lab /opt/sdworker/sdworker/embedded/training.py \
         /opt/sdworker/sdworker/embedded/tiny_models.py /opt/sdworker/sdworker/embedded/__pycache__/training.* \
         /opt/sdworker/sdworker/embedded/__pycache__/tiny_models.* \

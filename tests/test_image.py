@@ -328,7 +328,7 @@ def test_the_token_is_nowhere(image, hub):
 @pytest.mark.image
 def test_a_failing_notebook_stops_the_build_before_the_bake(locks, tmp_path):
     folder, log, token = sources(tmp_path / "context", locks), KEPT / "failing.log", tmp_path / "token"
-    path = folder / "nbs/7_embedded/02_training.ipynb"  # has the most cells of those that are run there: it goes first
+    path = folder / "nbs/00_tour.ipynb"  # the first that is run
     notebook = json.loads(path.read_text())
     notebook["cells"].insert(2, {"cell_type": "code", "execution_count": None, "id": "wrong", "metadata": {},
                                  "outputs": [], "source": ["assert False"]})
