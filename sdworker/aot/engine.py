@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'LAYOUT', 'MAX_IMAGES', 'MAX_SIDE', 'ABOUT', 'OWN', 'AOT_FIELDS', 'model_digest', 'ranges', 'package_key',
            'digest_of', 'incompatibility', 'find_aot_package', 'open_part', 'check_inputs', 'AotEngine', 'encode_texts',
-           'denoise_by_table', 'unsupported_reason', 'AotWithFallback']
+           'denoise_by_table', 'unread', 'unsupported_reason', 'AotWithFallback']
 
 # %% ../../nbs/3_aot/02_engine.ipynb #91cc010c
 import hashlib
@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import lcm, prod
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from ..build.cache_dirs import packages_in
 from ..core.checkpoint_files import components, header_of, weight_files
 from ..core.failures import device_loss, memory_is_out
 from ..core.model_info import ModelError, ModelInfo, Unsuited, read_entry, read_json, vae_scale
+from ..core.prompt_syntax import unread_warnings
 from ..engine.compiler_options import architecture
-from ..engine.types import Encoded, Engine, ImageSpec, OnStep, SamplingParams, ignored_fields
+from ..engine.types import Encoded, Engine, ImageSpec, OnStep, SamplingParams, ignored_fields, texts_of
 
 log = logging.getLogger("sdworker")
 
@@ -61,7 +62,7 @@ def _tensors_of(path: Path, sample_bytes: int) -> Iterator[tuple[str, dict[str, 
             yield key, entry, stream.read(length)
 
 # %% ../../nbs/3_aot/02_engine.ipynb #f7248d5c
-LAYOUT = 3  # version of an AOT package's files
+LAYOUT = 4  # version of an AOT package's files
 MAX_IMAGES, MAX_SIDE = 16, 2048  # images in one call; width and height, pixels
 
 def ranges(
@@ -236,7 +237,8 @@ class AotEngine:
                  device: str = "cpu"):  # "cpu" or "cuda"
         self.about = read_json(folder / ABOUT)
         self.model, self.device, self.dtype = model, device, self.about["key"]["dtype"]
-        self.failed_allocations = 0
+        self.failed_allocations, self.warnings = 0, []  # warnings: for each answer
+        self.text_chunks = lambda spec, params: 1  # longer prompts are not drawn
         self.weights, self.parts, self.tokenizers, self.tables = _open(model, folder, self.about, device)
 
     @torch.inference_mode()
@@ -262,11 +264,11 @@ class AotEngine:
         "Decode latents to pixels, uint8 (n, height, width, 3)."
         return self.run("vae", latents)[0].cpu().numpy()
 
-    def route(self, params, images):
-        "Return this engine, without warnings. Raises `Unsuited` for a request that it does not support."
-        if reason := unsupported_reason(self, params, images):
+    def route(self, params, specs, images):
+        "Return this engine, and a warning of what is not read. Raises `Unsuited` for what it does not support."
+        if reason := unsupported_reason(self, params, images, specs):
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the diffusers engine.")
-        return self, []
+        return self, self.warnings + unread(self, params, specs)
 
 # %% ../../nbs/3_aot/02_engine.ipynb #a110c002
 def _failed_allocations(device: str) -> int:
@@ -311,7 +313,7 @@ def denoise_by_table(
     encoded: Encoded,  # from `encode`
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
-    on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
+    on_step: OnStep | None = None,  # called after each step; may raise to stop
 ) -> torch.Tensor:  # latents (n, channels, height / scale, width / scale)
     "Denoise from pure noise with the compiled denoiser and a sampler's table."
     about, guided_steps = engine.about, iter(range(_guided_steps(engine, params)))
@@ -342,6 +344,26 @@ def _conditioning(name: str, engine: AotEngine, encoded: Encoded, params: Sampli
               "guidance": params.guidance}[name]
     return torch.tensor([values] * len(encoded["text"]), dtype=getattr(torch, engine.dtype), device=engine.device)
 
+# %% ../../nbs/3_aot/02_engine.ipynb #7a50c302
+def unread(
+    engine: AotEngine,  # with its tokenizers
+    params: SamplingParams,  # whether there is guidance is read
+    specs: Sequence[ImageSpec],  # all images of a request
+) -> list[str]:  # warnings for the answer
+    "Name the text encoders that read only a part of a prompt."
+    classes, limits = dict(components(engine.model.folder)), {}
+    for name, tokenizer in zip(engine.about["tokenizers"], engine.tokenizers, strict=True):  # such as tokenizer_2.json
+        encoder = Path(name).stem.replace("tokenizer", "text_encoder")
+        most = tokenizer.truncation["max_length"] - tokenizer.num_special_tokens_to_add(is_pair=False)
+        limits[f"{encoder} ({classes[encoder]})"] = partial(_tokens, tokenizer), most
+    return unread_warnings(texts_of(specs, _guided_steps(engine, params) > 0), limits)
+
+def _tokens(tokenizer: Tokenizer, text: str) -> int:
+    "Count tokens without start, end and padding; a tokenizer that truncates keeps the rest beside."
+    encoding = tokenizer.encode(text)
+    return sum(part.special_tokens_mask.count(0) for part in [encoding, *encoding.overflowing])
+
+
 # %% ../../nbs/3_aot/02_engine.ipynb #67e25710
 # The fields of `SamplingParams` that the engine uses, or that have no effect: strength is for input pictures.
 AOT_FIELDS = {"width", "height", "steps", "guidance", "guidance_stop", "sampler", "strength"}
@@ -350,6 +372,7 @@ def unsupported_reason(
     engine: AotEngine,  # its ranges and tables are used
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
     images: int,  # in one call
+    specs: Sequence[ImageSpec] = (),  # all images of the request; empty: only the parameters are checked
 ) -> str:  # a sentence without its full stop; empty: it is supported
     "Why an AOT package does not support a request."
     limits = engine.about["key"]["ranges"]
@@ -369,8 +392,12 @@ def unsupported_reason(
     if f"{params.sampler or OWN} rows" not in engine.tables:
         return f"the AOT engine has no table of the scheduler {params.sampler or 'of the model'}"
     known = AOT_FIELDS if engine.model.family.negative else AOT_FIELDS - {"guidance_stop"}  # FLUX has guidance built in
-    ignored = ignored_fields(params, known)
-    return f"{ignored[0]}, and the AOT engine does not draw with that" if ignored else ""
+    ignored = ignored_fields(params, known, specs)
+    if ignored:
+        return f"{ignored[0]}, and the AOT engine does not draw with that"
+    if specs and engine.model.family.chunks and unread(engine, params, specs):
+        return "a prompt is longer than the 75 tokens that the AOT engine reads"
+    return ""
 
 # %% ../../nbs/3_aot/02_engine.ipynb #bf63e505
 class AotWithFallback:
@@ -380,6 +407,7 @@ class AotWithFallback:
         self.aot_engine, self.model = aot_engine, aot_engine.model
         self.device, self.dtype = aot_engine.device, aot_engine.dtype
         self.encode, self.denoise, self.decode = aot_engine.encode, aot_engine.denoise, aot_engine.decode
+        self.text_chunks = aot_engine.text_chunks
         self._load, self._diffusers_engine = diffusers_engine, None
 
     def diffusers_engine(self) -> Engine:  # loaded at the first call
@@ -391,15 +419,15 @@ class AotWithFallback:
             raise ModelError(str(error), lasting=lost) from error
         return self._diffusers_engine
 
-    def route(self, params: SamplingParams, images: int) -> tuple[Engine, list[str]]:
-        "Choose the engine for a batch, with a warning for the answer. Raises `Unsuited` or `ModelError`."
-        if not (reason := unsupported_reason(self.aot_engine, params, images)):
-            return self.aot_engine, []
+    def route(self, params: SamplingParams, specs: Sequence[ImageSpec], images: int) -> tuple[Engine, list[str]]:
+        "Choose the engine for images, with warnings for the answer. Raises `Unsuited` or `ModelError`."
+        if not (reason := unsupported_reason(self.aot_engine, params, images, specs)):
+            return self.aot_engine.route(params, specs, images)
         _log_once(f"{reason}; the diffusers engine draws such requests")
         begin, loaded = time.perf_counter(), self._diffusers_engine
         diffusers_engine = self.diffusers_engine()
         waited = "" if loaded else f" Loading it took {time.perf_counter() - begin:.1f} s."
-        engine, warnings = diffusers_engine.route(params, images)
+        engine, warnings = diffusers_engine.route(params, specs, images)
         return engine, [f"Drawn by the diffusers engine, not the AOT engine: {reason}.{waited}", *warnings]
 
 @lru_cache

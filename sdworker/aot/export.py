@@ -33,7 +33,7 @@ from ..build.hub_download import sha256_of
 from ..core.checkpoint_files import weight_files
 from ..core.families import FAMILIES
 from ..core.model_info import ModelError, ModelInfo
-from ..core.schedulers import SAMPLER_GROUPS
+from ..core.schedulers import samplers_for
 from ..core.timing import psnr
 from ..engine.compiler_options import architecture, host_options, quoted_libraries
 from ..engine.diffusers_pipeline import denoiser_of, scheduler_for
@@ -182,7 +182,7 @@ def _tables(pipe: "DiffusionPipeline", model: ModelInfo) -> dict[str, Any]:
     "The tables of the model's own sampler and of all others that requests may name, if a table can hold them."
     tables = {}
     timestep_kwargs = partial(_schedule, AOT_SPECS[type(pipe).__name__].even_sigmas, pipe.scheduler.config)
-    allowed = SAMPLER_GROUPS[model.family.samplers]
+    allowed = samplers_for(model.scheduler, model.family.samplers)
     for sampler in ("", *(name for name in TABLED if name in allowed)):  # "": the model's own
         name = sampler or OWN
         try:

@@ -133,7 +133,7 @@ def run_table(
     generators: Sequence[torch.Generator],  # one for each image
     dtype: torch.dtype = torch.float32,  # of the denoiser's input
     device: str = "cpu",  # "cpu" or "cuda"
-    on_step: Callable[[int, int], None] | None = None,  # called with steps done and steps in all; may raise
+    on_step: Callable[[int, int, torch.Tensor], None] | None = None,  # steps done, steps in all, latents; may raise
 ) -> torch.Tensor:  # latents of this shape and dtype
     "Denoise from pure noise by a sampler's table."
     x = noise_like(shape, generators, dtype, device).float() * table.rows[0, 2]
@@ -146,5 +146,5 @@ def run_table(
         previous = [x, m]
         x = sum(term.float() * weight for term, weight in zip(terms, weights, strict=False) if weight)
         if on_step:
-            on_step(step, len(table.rows))
+            on_step(step, len(table.rows), x)
     return x.to(dtype)

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from ..build.cache_dirs import aot_dirs, packages_in
+from ..core.checkpoint_files import components
 from ..core.model_info import ModelError, ModelInfo, read_json
 from ..core.settings import Settings
 from ..engine.build_pipeline import addons_present, defaults
-from ..engine.few_step import few_step_of
+from ..engine.few_step import few_step_of, few_step_warning
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
     import torch
@@ -43,8 +44,13 @@ def unsupported_by_aot(
         return f"no AOT package can be made for the denoiser of a {model.pipeline}"
     if names := settings_unsupported_by_aot(settings):
         return f"{names[0]} is for the diffusers engine alone"
+    if model.needs:
+        return f"an AOT package draws without pictures, and {model.name} does not"
+    if absent := [name for name in model.family.optional if name not in dict(components(model.folder))]:
+        return f"{model.name} has no {absent[0]}, which is part of an AOT package"
     if addons := addons_present(model):
-        return f"the AOT engine does not draw with the {' and the '.join(addons)} baked with {model.name}"
+        remedy = ", which sdworker bake --fuse-loras would make a part of the weights" if addons == ["loras"] else ""
+        return f"the AOT engine does not draw with the {' and the '.join(addons)} baked with {model.name}{remedy}"
     few_step = few_step_of(model, settings.few_step)
     return f"no AOT package has the sampler of {model.name}" if few_step and few_step.sampler else ""
 
@@ -117,6 +123,7 @@ def open_selected(
         if settings.engine == "aot":
             raise _no_package(settings, reason) from error
         return None, reason
+    engine.warnings = [warning] if (warning := few_step_warning(model, settings.few_step)) else []
     if settings.engine == "aot":
         return engine, ""
     return AotWithFallback(engine, lambda: load_diffusers(engine.weights)), ""

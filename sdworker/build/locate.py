@@ -15,8 +15,9 @@ from pathlib import Path
 
 from .bake import bake, log_every_tenth
 from .cache_dirs import user_cache
-from .hub_download import hub_error
+from .hub_download import FILE_ON_HUB, hub_error
 from .manifest import MANIFEST, check_files_fast, read_manifest
+from ..core.checkpoint_files import refuse_single_file
 from ..core.model_info import EMBEDDED, ModelError
 from ..core.settings import Settings
 
@@ -111,10 +112,13 @@ def locate(
 ) -> LookupResult | None:  # None: it is not on this machine, and has to be fetched
     "Find the model of the settings on this machine, with all its files; raises `ModelError`."
     folder = EMBEDDED if settings.model == "embedded" else Path(settings.model)
+    on_hub = FILE_ON_HUB.fullmatch(settings.model)  # a checkpoint in one file, which may have been baked
+    if not on_hub:
+        refuse_single_file(folder)
     if folder.is_dir():
         check_files_fast(folder)
         return LookupResult("the folder that is set", folder)
-    if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
+    if not on_hub and (settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~"))):
         raise ModelError(f"SDWORKER_MODEL is {settings.model!r}, and there is no such folder; "
                          "give `embedded`, a folder, or a model id like owner/name.",
                          lasting=not settings.model.startswith("/"))  # an absolute path may be mounted later
@@ -126,6 +130,7 @@ def locate(
             _log_once(f"{settings.model} found {lookup.place}: {lookup.folder}{_skipped(skipped)}")
             return lookup
         skipped.append(lookup)
+    refuse_single_file(folder)
     if settings.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ModelError(f"SDWORKER_MODEL is {settings.model!r} and was not found{_skipped(skipped, empty=True)}; bake "
                          "it, or allow its download by SDWORKER_OFFLINE=0 and HF_HUB_OFFLINE=0.")

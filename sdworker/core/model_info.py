@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'UNUSED', 'ModelError', 'Unsuited', 'ModelInfo', 'causes', 'read_json', 'read_entry', 'vae_scale',
-           'read_model_info', 'fit', 'fingerprint']
+           'check_nulls', 'check_channels', 'read_model_info', 'clip_layers', 'fit', 'size_of_aspect', 'fingerprint']
 
 # %% ../../nbs/0_core/04_model_info.ipynb #2031e904
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sdworker
-from .families import UNKNOWN, Family, family_of
+from .families import OTHER_INPUTS, UNKNOWN, Family, family_of, needs_of
 
 # %% ../../nbs/0_core/04_model_info.ipynb #f525714d
 class ModelError(RuntimeError):
     "The model cannot be used; the message names the file or setting at fault, and the remedy."
+    code = "model_error"  # in an answer
+
     def __init__(
         self,
         message: str,  # one sentence with a remedy
@@ -31,6 +33,7 @@ class ModelError(RuntimeError):
 
 class Unsuited(ValueError):
     "A request that a model or an engine cannot draw; the message is for the client."
+    code = "unsuited"  # in an answer
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -44,6 +47,9 @@ class ModelInfo:
     multiple: int  # pixels; widths and heights must be multiples of it
     steps: int  # default
     guidance: float  # default
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # its configuration, with diffusers' "_class_name"
+    needs: tuple[str, ...] = ()  # of "image" and "mask_image": a request must have them
+    loras: tuple[str, ...] = ()  # names of the LoRAs that were baked with it
 
 # %% ../../nbs/0_core/04_model_info.ipynb #f5a04f03
 def causes(
@@ -100,6 +106,41 @@ def vae_scale(
     name = (present or list(levels))[0]  # none is there: `read_entry` raises an error that names the first
     return 2 ** (len(read_entry(path, name, list)) - levels[name])
 
+# %% ../../nbs/0_core/04_model_info.ipynb #acbdcafc
+def _native_side(config: Path, scale: int, multiple: int) -> int | None:
+    "The native side in pixels, by a denoiser's configuration; None: it has none."
+    size = read_json(config).get("sample_size")
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+        return max(multiple, multiple * round(math.sqrt(size[0] * size[1]) * scale / multiple))
+    return None if size is None else read_entry(config, "sample_size", int) * scale
+
+# %% ../../nbs/0_core/04_model_info.ipynb #acbdcabb
+def check_nulls(
+    folder: Path,  # in diffusers' layout
+    optional: Collection[str],  # components that the pipeline draws without
+) -> None:
+    "Check that no other component is null in a model's index; raises `ModelError`."
+    index = folder / "model_index.json"
+    for name, entry in read_json(index).items():
+        if entry == [None, None] and name not in (*optional, *UNUSED):
+            raise ModelError(f"{name} is null in {index}, and the pipeline cannot draw without it; choose a model that "
+                             "has it.", lasting=True)
+
+# %% ../../nbs/0_core/04_model_info.ipynb #3acb0786
+def check_channels(
+    folder: Path,  # in diffusers' layout, with a UNet
+) -> None:
+    "Check that a UNet reads noise alone, or noise, picture and mask; raises `ModelError`."
+    unet, vae = folder / "unet" / "config.json", folder / "vae" / "config.json"
+    # 4: diffusers' default
+    channels, latents = read_json(unet).get("in_channels", 4), read_json(vae).get("latent_channels", 4)
+    if channels == latents or (channels, latents) == (9, 4):
+        return
+    purpose = OTHER_INPUTS.get(channels, "another class, or for another VAE")
+    raise ModelError(f"{unet} has {channels} input channels, and the VAE has {latents} latent channels, so the model "
+                     f"is made for {purpose}; choose one with {latents}, or one whose model_index.json names the class "
+                     "that it was made for.", lasting=True)
+
 # %% ../../nbs/0_core/04_model_info.ipynb #4aaeccd5
 def read_model_info(
     folder: Path,  # in diffusers' layout
@@ -109,13 +150,34 @@ def read_model_info(
     index = folder / "model_index.json"
     pipeline = read_entry(index, "_class_name", str)
     family, denoiser = family_of(pipeline), "unet" if "unet" in read_json(index) else "transformer"
+    if family is not UNKNOWN:  # of other classes diffusers decides, at the load
+        check_nulls(folder, family.optional)
+        if denoiser == "unet":
+            check_channels(folder)
     config, overrides, scale = folder / denoiser / "config.json", folder / "sdworker.json", vae_scale(folder, family)
     defaults = read_json(overrides) if overrides.exists() else {}
-    side = (read_entry(config, "sample_size", int) * scale if "sample_size" in read_json(config) else
-            defaults.get("side", family.side))
     multiple = math.lcm(8, scale * family.patch)  # 8: pipelines such as SDXL's require it, whatever their VAE
+    side = _native_side(config, scale, multiple) or defaults.get("side", family.side)
     return ModelInfo(name or folder.name, folder, pipeline, denoiser, family, side, multiple,
-                     defaults.get("steps", family.steps), defaults.get("guidance", family.guidance))
+                     defaults.get("steps", family.steps), defaults.get("guidance", family.guidance), _scheduler(folder),
+                     needs_of(pipeline, read_json(config)),
+                     tuple(sorted(path.stem for path in (folder / "loras").glob("*.safetensors"))))
+
+def _scheduler(folder: Path) -> dict[str, Any]:
+    "The scheduler's configuration, with the class that diffusers makes of it; empty if there is none."
+    path, index = folder / "scheduler" / "scheduler_config.json", read_json(folder / "model_index.json")
+    entry = index.get("scheduler")  # library and class
+    named = {"_class_name": entry[1]} if isinstance(entry, list) else {}  # the index counts, not the file itself
+    return read_json(path) | named if path.exists() else {}
+
+# %% ../../nbs/0_core/04_model_info.ipynb #c742672b
+def clip_layers(
+    model: ModelInfo,  # its configuration files are read
+) -> int:  # 0: its family does not read prompts with CLIP alone
+    "Return the number of layers of the smallest text encoder; raises `ModelError`."
+    encoders = ("text_encoder", "text_encoder_2") if model.family.chunks else ()
+    return min((read_entry(model.folder / name / "config.json", "num_hidden_layers", int) for name in encoders
+                if (model.folder / name).is_dir()), default=0)
 
 # %% ../../nbs/0_core/04_model_info.ipynb #4ab3626b
 def fit(
@@ -127,6 +189,18 @@ def fit(
     stretch = math.sqrt(size[0] / size[1])
     width, height = (max(multiple, multiple * round(side * factor / multiple)) for factor in (stretch, 1 / stretch))
     return width, height
+
+# %% ../../nbs/0_core/04_model_info.ipynb #f693acef
+def size_of_aspect(
+    ratio: float,  # 1/4..4; width / height
+    side: int,  # pixels; of the model's native square
+    multiple: int,  # pixels; of width and height
+) -> tuple[int, int]:  # pixels; width and height
+    "Return the size of a good resolution that is nearest to an aspect ratio."
+    step = multiple * max(1, side // 16 // multiple)
+    sides = range(step, 2 * side + 1, step)
+    sizes = [(width, height) for width in sides for height in sides if 0.9 <= width * height / side**2 <= 1]
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
 
 # %% ../../nbs/0_core/04_model_info.ipynb #bcdc7ecb
 def fingerprint(

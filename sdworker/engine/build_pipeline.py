@@ -35,7 +35,7 @@ def build_pipeline(
 ) -> "FamilyEngine":  # with a warning for each setting that is not used
     "Load a pipeline with all its switches as set. Raises `ModelError` if it cannot be loaded."
     from sdworker.engine.attention import use_attention
-    from sdworker.engine.few_step import use_few_step
+    from sdworker.engine.few_step import few_step_warning, use_few_step
     from sdworker.engine.lora_refiner import use_addons
     from sdworker.engine.offload import use_memory
     from sdworker.engine.pipeline import FamilyEngine
@@ -53,7 +53,7 @@ def build_pipeline(
                 use_step_cache(engine, settings.step_cache),
                 use_compile(engine.pipe, settings.compile, model, device, dtype, settings.offload,
                             _compile_conflict(settings, denoiser_quantized), settings.max_batch),
-                _few_step_warning(settings, model)]
+                few_step_warning(model, settings.few_step)]
     if engine.refine and settings.compile != "off":
         warnings.append(f"SDWORKER_COMPILE is {settings.compile!r}, which is not used for the refiner.")
     for pipe in [engine.refine.pipe, engine.pipe] if engine.refine else [engine.pipe]:
@@ -71,16 +71,6 @@ def _compile_conflict(settings: Settings, quantized: bool) -> str:
     if settings.compile == "cached" and (settings.attention != "sdpa" or settings.channels_last):
         return "SDWORKER_ATTENTION" if settings.attention != "sdpa" else "SDWORKER_CHANNELS_LAST"
     return ""
-
-def _few_step_warning(settings: Settings, model: ModelInfo) -> str:
-    "A warning if a model is taken for a few-step model by its name, or if its family has none of the name that is set."
-    few_step = few_step_of(model, settings.few_step)
-    if few_step and settings.few_step == "auto":
-        return (f"{model.name} is taken for a few-step model by its name: by default it draws in {few_step.steps} "
-                f"step(s) at a guidance_scale of {few_step.guidance:g}; SDWORKER_FEW_STEP says what it is.")
-    if few_step or settings.few_step in ("auto", "none"):
-        return ""
-    return f"SDWORKER_FEW_STEP is {settings.few_step!r}, which {model.family.name} does not have."
 
 # %% ../../nbs/2_engine/15_build_pipeline.ipynb #732d922a
 def addons_present(

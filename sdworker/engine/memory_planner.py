@@ -76,6 +76,7 @@ class CallShape:
     batch: int = 1  # images
     guided: bool = True  # with guidance
     edits: bool = False  # the model reads a source picture
+    chunks: int = 1  # of 77 tokens each, in which a UNet reads a prompt
 
     @property
     def tokens(self) -> int:  # patches of two by two latents
@@ -98,7 +99,8 @@ def _unet(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"time_ids": blank(n, 6), "text_embeds": blank(n, pooled)}
     return {"sample": blank(n, config.in_channels, shape.rows, shape.columns), "timestep": blank(n),
-            "encoder_hidden_states": blank(n, 77, config.cross_attention_dim), "added_cond_kwargs": added}
+            "encoder_hidden_states": blank(n, 77 * shape.chunks, config.cross_attention_dim),
+            "added_cond_kwargs": added}
 
 def _sd3(config: Any, blank: Blank, n: int, shape: CallShape) -> dict[str, Any]:
     return {"hidden_states": blank(n, config.in_channels, shape.rows, shape.columns), "timestep": blank(n),

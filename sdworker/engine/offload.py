@@ -29,7 +29,8 @@ def use_vae(
     if mode == "tiled" and hasattr(vae, "tile_sample_min_size"):
         # diffusers' default tiles are as large as the picture; tiles of half the side cost the embedded model
         # 8 percentage points of pictures that match their prompt
-        vae.tile_sample_min_size = 3 * vae.config.sample_size // 4
+        side = vae.config.sample_size
+        vae.tile_sample_min_size = 3 * (side if isinstance(side, int) else min(side)) // 4
         vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 # %% ../../nbs/2_engine/06_offload.ipynb #9f380657

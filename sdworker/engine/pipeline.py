@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ONE_CALL_FIELDS', 'same_components_as', 'arguments', 'run_pipeline', 'class_defaults', 'pipeline_for_mode',
-           'FamilyEngine', 'QwenVLProcessor']
+           'reading_limits', 'FamilyEngine', 'QwenVLProcessor']
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #2e30239f
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from ..core.families import UNKNOWN, Family
 from ..core.model_info import ModelError, ModelInfo, Unsuited
+from ..core.prompt_syntax import unread_warnings
 from ..core.schedulers import SAMPLERS
 from sdworker.engine.diffusers_pipeline import (
     STAGED_FIELDS,
@@ -29,7 +31,7 @@ from sdworker.engine.diffusers_pipeline import (
     generators,
     scheduler_for,
 )
-from .types import ImageSpec, OnStep, SamplingParams, refuse_ignored
+from .types import Encoded, ImageSpec, OnStep, SamplingParams, refuse_ignored, texts_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,7 +54,8 @@ def same_components_as(
     return other
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #af6fc2a2
-ONE_CALL_FIELDS = {"width", "height", "steps", "guidance", "sampler", "mode", "strength"}  # other fields are refused
+ONE_CALL_FIELDS = {  # other fields are refused
+    "width", "height", "steps", "guidance", "sampler", "mode", "strength", "prompt_syntax", "clip_skip"}
 
 def arguments(
     family: Family,  # the pipeline's
@@ -87,18 +90,22 @@ def run_pipeline(
     family: Family,  # of the pipeline's class, or `UNKNOWN`
     specs: Sequence[ImageSpec],  # one for each image
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
-    on_step: OnStep | None = None,  # called with steps done and steps in all; may raise
+    on_step: OnStep | None = None,  # called after each step, without latents; may raise to stop
+    encoded: Encoded | None = None,  # text embeddings in place of the prompts; None: the pipeline embeds the prompts
 ) -> torch.Tensor:  # uint8 (n, height, width, 3)
     "Draw by one call of a pipeline. Raises `Unsuited` if it does not take an argument of the request."
     def report(pipeline, step, timestep, tensors):
         if on_step:
-            on_step(step + 1, getattr(pipeline, "num_timesteps", params.steps))
+            on_step(step + 1, getattr(pipeline, "num_timesteps", params.steps), None)  # families pack their latents
         return {}
     scheduled = copy.copy(pipe)
     vars(scheduled)["scheduler"] = scheduler_for(pipe.scheduler, params.sampler)  # setattr imports torch's compiler
     kwargs = arguments(family, specs, params) | {"callback_on_step_end": report}
+    if encoded:
+        kwargs = {name: value for name, value in kwargs.items() if "prompt" not in name} | encoded
     if length := family.text_length(denoiser_of(scheduled).config):
         kwargs["max_sequence_length"] = length
+    kwargs["max_area"] = params.width * params.height  # FLUX.1 Kontext would scale any size to a megapixel
     accepted = inspect.signature(scheduled.__call__).parameters
     # arguments that the class does not take: these default values are left out, everything else is refused
     defaults = {family.guidance_argument: family.guidance, "num_inference_steps": family.steps}
@@ -107,6 +114,10 @@ def run_pipeline(
             raise Unsuited(f"{name} is of no use to a {type(scheduled).__name__}; leave it out.")
     with _call_context(scheduled), _argument_errors(family, scheduled):
         drawn = scheduled(**{name: value for name, value in kwargs.items() if name in accepted}).images
+    height, width = drawn.shape[-2:]
+    if (width, height) != (params.width, params.height):  # of an unknown class, which may choose the size itself
+        raise Unsuited(f"a {type(scheduled).__name__} draws {width}x{height} where {params.width}x{params.height} is "
+                       "asked for; ask for that size, or another model.")
     pixels = drawn.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return _keep_unmasked(pixels, kwargs) if params.mode == "inpaint" else pixels
 
@@ -176,10 +187,48 @@ def pipeline_for_mode(
     other.set_progress_bar_config(disable=True)
     return other
 
+# %% ../../nbs/2_engine/04_pipeline.ipynb #7a40c302
+def reading_limits(
+    pipe: "DiffusionPipeline",  # of any class
+    family: Family,  # of the pipeline's class, or `UNKNOWN`
+) -> dict[str, tuple[Callable[[str], int], int]]:  # for `unread_warnings`
+    "How many tokens of a prompt each text encoder of a pipeline reads."
+    argument = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    length = family.text_length(denoiser_of(pipe).config) or (argument and argument.default)
+    limits = {}
+    for end in () if family.reads_pictures else ("", "_2", "_3"):
+        tokenizer, encoder = (getattr(pipe, f"{kind}{end}", None) for kind in ("tokenizer", "text_encoder"))
+        if tokenizer and encoder:
+            most = length if length and "CLIP" not in type(tokenizer).__name__ else tokenizer.model_max_length
+            reserved = len(tokenizer("").input_ids) + _tokens(tokenizer, family.text_prefix)
+            limits[f"text_encoder{end} ({type(encoder).__name__})"] = partial(_tokens, tokenizer), most - reserved
+    return limits
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb1
 def _in_stages(family: Family, params: SamplingParams) -> bool:
     "Whether a batch is drawn in three calls: encode, denoise, decode."
     return family.staged and params.mode == "txt2img"
+
+def _refuse_unused(engine: "FamilyEngine", params: SamplingParams, specs: Sequence[ImageSpec]) -> None:
+    "Raise `Unsuited` for `refiner_start` without a refiner, and for a field that the engine would ignore."
+    if params.refiner_start < 1 and not engine.refine:
+        raise Unsuited(f"refiner_start is {params.refiner_start:g}, and this model has no refiner; leave it out.")
+    known = STAGED_FIELDS | {"refiner_start"} if _in_stages(engine.model.family, params) else ONE_CALL_FIELDS
+    known = known if engine.model.family.chunks else known - {"clip_skip"}
+    refuse_ignored(params, known | {"loras"} if engine.loras else known, specs)
+
+def _set_loras(engine: "FamilyEngine", specs: Sequence[ImageSpec]) -> None:
+    "Switch the LoRAs to those of a batch, whose images all have the same."
+    if engine.loras:
+        engine.loras.set(specs[0].loras)
+
+def _unread(pipe: "DiffusionPipeline", family: Family, params: SamplingParams, specs: Sequence[ImageSpec]) -> list[str]:
+    "Name the text encoders that read only a part of a prompt."
+    texts = texts_of(specs, family.negative and params.guidance > family.unguided)
+    return unread_warnings(texts, {} if family.chunks else reading_limits(pipe, family))
 
 # %% ../../nbs/2_engine/04_pipeline.ipynb #4bdfeeb2
 class FamilyEngine(DiffusersEngine):
@@ -187,36 +236,35 @@ class FamilyEngine(DiffusersEngine):
     def __init__(self, *args: Any, **kwargs: Any):  # those of `DiffusersEngine`
         super().__init__(*args, **kwargs)
         self.reset_step_cache = lambda steps: None  # called before each denoising
-        self.refine = None  # a `Refiner`, if there is one
+        self.refine = self.loras = None  # a `Refiner`, and `Loras`, if there are some
         self.model = class_defaults(self.pipe, self.model) if self.model.family is UNKNOWN else self.model
         if self.model.family.reads_pictures:
             vars(self.pipe)["processor"] = QwenVLProcessor(self.model.folder / "processor", self.pipe.tokenizer)
 
-    def route(self, params, images):
+    def route(self, params, specs, images):
         "As of `Engine`; raises `Unsuited` for `refiner_start` without a refiner, and for a field that it would ignore."
-        if params.refiner_start < 1 and not self.refine:
-            raise Unsuited(f"refiner_start is {params.refiner_start:g}, and this model has no refiner; leave it out.")
-        refuse_ignored(params, STAGED_FIELDS | {"refiner_start"} if _in_stages(self.model.family, params)
-                       else ONE_CALL_FIELDS)
-        return self, self.warnings
+        _refuse_unused(self, params, specs)
+        return self, self.warnings + _unread(self.pipe, self.model.family, params, specs)
 
     def encode(self, specs, params):
-        "Embed the prompts of a batch; nothing for a family that is drawn in one call."
+        "Embed the prompts of a batch; nothing for a family whose pipeline embeds them."
         for owner in [self.refine, self] if self.refine else [self]:  # `self` last: shared parts keep its hooks
             owner.pipe.maybe_free_model_hooks()  # under offload: frees what a decode or a failed job left on the GPU
-        return super().encode(specs, params) if _in_stages(self.model.family, params) else {}
+        _set_loras(self, specs)  # some change the text encoders
+        return super().encode(specs, params) if self.model.family.chunks else {}
 
     def denoise(self, encoded, specs, params, on_step=None):
         "Draw the latents of a batch, or the pixels of a family that is drawn in one call. Raises `Unsuited`."
         import diffusers
         sampler = getattr(diffusers, SAMPLERS[params.sampler][0]) if params.sampler else self.pipe.scheduler
         self.reset_step_cache(params.steps * sampler.order)  # calls of the denoiser
+        _set_loras(self, specs)  # another batch may have been embedded since this one
         if params.refiner_start < 1:
             return self.refine(encoded, specs, params, on_step)
         if _in_stages(self.model.family, params):
             return super().denoise(encoded, specs, params, on_step)
         pipe = pipeline_for_mode(self.pipe, self.model.family, params.mode)
-        return run_pipeline(pipe, self.model.family, specs, params, on_step)
+        return run_pipeline(pipe, self.model.family, specs, params, on_step, encoded)
 
     def decode(self, latents):
         "Turn latents into pixels, unless they are pixels already."

@@ -104,24 +104,24 @@ def record_cuda_graph(
 
 # %% ../../nbs/2_engine/14_torch_compile.ipynb #4cbf77d0
 class RecordedForward:
-    "A denoiser's forward that is recorded at the first call of each size, and replayed afterwards."
+    "A denoiser's forward that is recorded at the first call of each size and variant, and replayed afterwards."
     def __init__(
         self,
         forward: Callable[..., Any],  # of a denoiser; takes and returns tensors, also nested
         device: torch.device | str,  # of the copies of the inputs
         record: Callable[..., Any] = record_cuda_graph,  # takes a call and a memory pool, as `record_cuda_graph` does
         max_graphs: int = 8,  # graphs to keep
+        variant: Callable[[], Any] = lambda: None,  # what else the kernels depend on, such as the LoRAs that are on
     ):
         self.forward, self.device, self.record, self.max_graphs = forward, device, record, max_graphs
         self.graphs: OrderedDict[Any, tuple[list[torch.Tensor], Callable[[], None], Any]] = OrderedDict()
-        self._pool = None
+        self.variant, self._pool = variant, None
 
     def __call__(self, *inputs: Any,  # arguments of `forward`
                  **kwargs: Any) -> Any:  # arguments of `forward` by name; the result is as of `forward`
         "Replay the graph for inputs of these sizes, after recording it if there is none."
         leaves, structure = tree_flatten((inputs, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        sizes = structure, tuple(
+        sizes = structure, self.variant(), tuple(
             (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         if sizes not in self.graphs:
             while len(self.graphs) >= self.max_graphs:
@@ -129,7 +129,7 @@ class RecordedForward:
             self.graphs[sizes] = self._record(leaves, structure)
         self.graphs.move_to_end(sizes)
         fixed, replay, output = self.graphs[sizes]  # `fixed`: the tensors that the graph reads
-        for old, new in zip(fixed, tensors, strict=True):
+        for old, new in zip(fixed, filter(torch.is_tensor, leaves), strict=True):
             old.copy_(new)
         replay()
         return tree_map_only(torch.Tensor, torch.clone, output)
@@ -150,7 +150,8 @@ def compile_denoiser(
 ) -> None:
     "Switch a denoiser to compiled or recorded code, which is made at the first calls."
     if mode == "cuda-graph":
-        denoiser.forward = RecordedForward(denoiser.forward, next(denoiser.parameters()).device)
+        denoiser.forward = RecordedForward(denoiser.forward, next(denoiser.parameters()).device,
+                                           variant=lambda: getattr(denoiser, "loras", None))  # set by `Loras`
         return
     if mode == "reduce-overhead":
         code = torch.compile(denoiser.forward, mode=mode, fullgraph=True)

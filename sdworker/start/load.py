@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from .prefetch import end_prefetch
 from .timeline import LEDGER
 
 if TYPE_CHECKING:  # torch is imported when the model is loaded, not before
+    from sdworker.engine.safety_checker import SafetyChecker
     from sdworker.engine.types import Engine
 
 log = logging.getLogger("sdworker")
@@ -46,7 +48,8 @@ log = logging.getLogger("sdworker")
 def model_info() -> ModelInfo:  # with the defaults of a few-step model, if it is one
     "Return what is known of the settings' model, read at the first call; raises `ModelError` or `SettingsError`."
     settings = get_settings()
-    model = read_model_info(locate_or_download(settings, weights=False), settings.model)
+    name = Path(settings.model).name if Path(settings.model).is_dir() else settings.model  # answers hold no path
+    model = read_model_info(locate_or_download(settings, weights=False), name)
     return with_few_step(model, settings.few_step)
 
 # %% ../../nbs/4_start/04_load.ipynb #0603d9a8
@@ -161,7 +164,24 @@ def _load(settings: Settings) -> "Engine":
         if reason:
             engine.warnings.insert(0, reason)
     LEDGER.lap("weights")
+    if settings.safety_checker:
+        engine.safety_checker = _safety_checker(settings, model, device, dtype)
+        LEDGER.lap("safety checker")
     return engine
+
+def _safety_checker(settings: Settings, model: ModelInfo, device: str, dtype: str) -> "SafetyChecker":
+    "Load the safety checker, which needs diffusers and transformers whichever engine draws."
+    complete_torch_import()
+    from sdworker.engine.safety_checker import SafetyChecker
+
+    offloads = settings.offload != "none" and device == "cuda"
+    def load() -> SafetyChecker:
+        return SafetyChecker(model, device, dtype, offloads)
+
+    def load_lean() -> SafetyChecker:
+        with fast_import_mode():
+            return load()
+    return quick_or_plain(load_lean, load, settings.lean and settings.quantize == "off")
 
 # %% ../../nbs/4_start/04_load.ipynb #f771d004
 def _aot_engine(settings: Settings, model: ModelInfo, device: str, dtype: str) -> "tuple[Engine | None, str]":
