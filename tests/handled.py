@@ -4,10 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+from PIL import Image
 
+from sdworker.core.timing import Timings
+from sdworker.engine.types import Drawn, ImageSpec, Picture, SamplingParams
 from sdworker.serve.image_io import from_data_uri
 
 WORKER = """
@@ -24,6 +30,17 @@ print("imported:", *(name for name in heavy if name in sys.modules), file=sys.st
 def pixels(answer: dict) -> list[np.ndarray]:
     assert "images" in answer, answer
     return [np.asarray(from_data_uri(image), int) for image in answer["images"]]
+
+
+def drawn_by(picture_of: Callable[[ImageSpec, SamplingParams], Image.Image]) -> AbstractContextManager:
+    "Let a function make each picture in this process, in place of the engine's drawing."
+    def draw(engine, params, specs, max_batch, on_step, on_picture):
+        pictures = []
+        for spec in specs:
+            pictures.append(Picture(picture_of(spec, params), spec.prompt, spec.seed, 0.0))
+            on_picture(pictures[-1])
+        return Drawn(pictures, Timings())
+    return patch("sdworker.engine.generate.draw", draw)
 
 
 def handled(model: Path | str, jobs: dict[str, dict], before: str = "", **environment: str) -> tuple[dict, str]:

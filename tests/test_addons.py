@@ -73,7 +73,7 @@ def test_a_transformer_with_a_step_cache_begins_from_a_picture_and_survives_a_jo
     expected = generate(engine, "a red star", seed=7, steps=8).pictures[0].image
     assert generate(engine, "a red star", seed=7, steps=8, image=expected).pictures
 
-    def stop(done, total):
+    def stop(done, total, latents):
         if done == 4:
             raise KeyError("stopped")
     with pytest.raises(KeyError):
@@ -240,7 +240,7 @@ def test_base_and_refiner_take_turns_on_the_gpu_even_after_a_job_that_failed(tmp
     engine = offloaded(read_model_info(with_refiner(tmp_path / "model")), offload="model")
     assert engine.warnings == []
 
-    def stop(done, total):
+    def stop(done, total, latents):
         raise KeyError("stopped")
     for on_step in (None, stop, None):
         try:

@@ -21,7 +21,7 @@ from sdworker.aot.export import export_package, missing_toolchain
 from sdworker.core.model_info import EMBEDDED, Unsuited, read_model_info
 from sdworker.core.timing import psnr
 from sdworker.embedded.shapes import judge
-from sdworker.embedded.tiny_models import miniature
+from sdworker.embedded.tiny_models import add_safety_checker, miniature
 from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 from sdworker.engine.types import SamplingParams
@@ -80,6 +80,17 @@ def test_a_worker_draws_with_the_aot_engine_and_hands_over_what_that_cannot_do(p
     pipeline = generate(DiffusersEngine(MODEL), PROMPT, width=24, height=24, steps=2, seed=7).pictures[0].image
     ours = from_data_uri(worker_run.answers["small"]["output"]["images"][0])
     assert np.abs(np.asarray(ours, int) - np.asarray(pipeline, int)).max() <= 2, "the diffusers engine's picture"
+
+
+def test_a_safety_checker_reads_what_the_aot_engine_has_drawn(package, tmp_path):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    add_safety_checker(folder, generate(DiffusersEngine(MODEL), PROMPT, seed=7).pictures[0].image)
+    before = ("import atexit, sys; from sdworker.start.load import initialize_model\n"
+              "atexit.register(lambda: print('engine:', type(initialize_model()).__name__, file=sys.stderr))\n")
+    jobs = {"two": {"prompt": [PROMPT, "a small green cross on a white background"]}}
+    answers, log = handled(folder, jobs, before, SDWORKER_AOT_DIR=str(package.parent), SDWORKER_SAFETY_CHECKER="1")
+    assert answers["two"]["flagged"] == [True, False] and answers["two"]["warnings"] == []
+    assert "engine: AotWithFallback" in log and "stubs" not in log and "black image" not in log
 
 
 def edited(folder: Path, **key: str) -> None:
@@ -168,8 +179,8 @@ import json, sys
 import sdworker.start.timeline
 import sdworker.serve.handler
 respond = sdworker.serve.handler.respond
-def and_list(payload):
-    answer = respond(payload)
+def and_list(job):
+    answer = respond(job)
     modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
     return answer | {"modules": modules}
 sdworker.serve.handler.respond = and_list
@@ -221,7 +232,7 @@ def test_fifty_requests_out_of_range_get_a_sentence(package):
     for shape, images in wrong:
         assert unsupported_reason(engine, shape, images), (shape, images)
         with pytest.raises(Unsuited, match=r"AOT"):
-            engine.route(shape, images)
+            engine.route(shape, [], images)
 
 
 ANSWERS = """
@@ -314,10 +325,14 @@ def test_transformers_are_compiled_and_need_no_diffusers(pipeline, bits, tmp_pat
     export_package(read_model_info(folder), tmp_path / "aot", quantize=bits)
     jobs = {"plain": {}, "wide": {"width": 128, "height": 64, "num_images": 3}, "guided": {"guidance_scale": 9.0},
             "alone": {"width": 128, "height": 64, "seed": 8}, "few": {"num_inference_steps": 1},
-            "other": {"prompt": "a blue ring"}, "unwanted": {"negative_prompt": "blue"}}
+            "other": {"prompt": "a blue ring"}, "unwanted": {"negative_prompt": "blue"},
+            "long": {"prompt": "zanzibar " * 99, "negative_prompt": "zanzibar " * 99, "guidance_scale": 3.0}}
     theirs, _ = handled(folder, jobs, SDWORKER_ENGINE="diffusers", **quantize)
     ours, log = handled(folder, jobs, SDWORKER_ENGINE="aot", SDWORKER_AOT_DIR=str(tmp_path / "aot"), **quantize)
     assert log.rstrip().endswith("imported:"), "neither diffusers nor torchao"
+    assert ours["long"]["warnings"] == theirs["long"]["warnings"]
+    assert "left out the last" in ours["long"]["warnings"][-1]
+    assert "zanzibar" not in "".join(log.split())
     for name in jobs:
         assert min(psnr(*both) for both in zip(pixels(ours[name]), pixels(theirs[name]), strict=True)) > 50, name
     plain = pixels(ours["plain"])[0]
@@ -328,6 +343,19 @@ def test_transformers_are_compiled_and_need_no_diffusers(pipeline, bits, tmp_pat
     both, log = handled(folder, {"first": {}, "begun": begun}, SDWORKER_AOT_DIR=str(tmp_path / "aot"), **quantize)
     assert both["first"]["warnings"] == [] and "begins from a picture" in both["begun"]["warnings"][0]
     assert both["begun"]["images"] and "diffusers" in log.rpartition("imported:")[2]
+
+
+def test_long_prompts_and_weights_are_handed_over_and_not_logged(package):
+    long = "zanzibar " * 40
+    jobs = {"short": {}, "long": {"prompt": long}, "negative": {"negative_prompt": long},
+            "weighted": {"prompt": "a (red:1.3) star", "prompt_syntax": "weighted"}}
+    answers, log = handled("embedded", jobs, SDWORKER_AOT_DIR=str(package.parent))
+    reasons = {name: (answers[name]["warnings"] or [""])[0].partition("not the AOT engine: ")[2] for name in jobs}
+    assert reasons["short"] == "" and reasons["weighted"].startswith("prompt_syntax is weighted")
+    assert all(reasons[name].startswith("a prompt is longer than the 75 tokens") for name in ("long", "negative"))
+    assert "zanzibar" not in "".join(log.split())
+    refused, _ = handled("embedded", jobs, SDWORKER_AOT_DIR=str(package.parent), SDWORKER_ENGINE="aot")
+    assert refused["long"]["error"].startswith("a prompt is longer than the 75 tokens that the AOT engine reads;")
 
 
 def test_a_package_in_eight_bits_is_for_the_weights_that_it_was_made_of(tmp_path):

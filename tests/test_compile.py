@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdworker.core.model_info import EMBEDDED, read_model_info
 from sdworker.core.timing import psnr
 from sdworker.embedded.tiny_models import miniature
+from sdworker.engine.build_pipeline import build_pipeline, defaults
 from sdworker.engine.diffusers_pipeline import DiffusersEngine
 from sdworker.engine.generate import generate
 from sdworker.engine.pipeline import FamilyEngine
@@ -110,6 +112,38 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
     with torch.compiler.set_stance("fail_on_recompile"):
         for picture, job in zip(plain, jobs, strict=True):
             assert psnr(picture, generate(engine, **job, seed=7, steps=2).pictures[0].image) > 50
+
+
+def test_a_long_prompt_is_drawn_by_plain_code(tmp_path):
+    """Blocks are compiled for one chunk of a prompt; more tokens are another length, which is not compiled anew."""
+    engine = FamilyEngine(read_model_info(miniature("StableDiffusionPipeline", tmp_path / "model")))
+    jobs = [{"prompt": PROMPT}, {"prompt": f"{PROMPT}, " * 12}]
+    plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
+    assert use_compile(engine.pipe, "regional", engine.model) == ""
+    assert compile_before_jobs(engine) and engine.warnings == [] and is_compiled(engine.pipe.unet)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for picture, job in zip(plain, jobs, strict=True):
+        drawn = generate(engine, **job, seed=7, steps=2)
+        assert psnr(picture, drawn.pictures[0].image) > 50 and drawn.warnings == []
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_other_loras_than_those_it_was_compiled_with_are_drawn_by_plain_code(tmp_path):
+    shutil.copytree(EMBEDDED, folder := tmp_path / "model")
+    (folder / "loras").mkdir()
+    for name, block in (("one", "down_blocks.1"), ("two", "mid_block")):
+        layer = f"unet.{block}.attentions.0.transformer_blocks.0.attn1.to_q"
+        save_file({f"{layer}.lora_A.weight": torch.full((1, 96), 2.0), f"{layer}.lora_B.weight": torch.ones(96, 1)},
+                  folder / "loras" / f"{name}.safetensors")
+    plain, compiled = (build_pipeline(defaults(compile=mode), read_model_info(folder)) for mode in ("off", "regional"))
+    assert compile_before_jobs(compiled) and compiled.warnings == [] and is_compiled(compiled.pipe.unet)
+    graphs, pictures = torch._dynamo.utils.counters["stats"]["unique_graphs"], set()
+    for loras in (None, {}, {"one": 0.5}, {"one": -1.0, "two": 2.0}, None):
+        one, other = (generate(engine, PROMPT, seed=7, steps=4, loras=loras).pictures[0].image
+                      for engine in (plain, compiled))
+        assert psnr(one, other) > 50
+        pictures.add(one.tobytes())
+    assert len(pictures) == 4 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("name", ["torch", "architecture", "denoiser"])

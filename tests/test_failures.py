@@ -164,7 +164,8 @@ def test_settings_that_make_no_sense_at_each_door(wrong_variable):
     assert worker_run.code == 1 and worker_run.log.strip() == f"sdworker: {wrong_variable}" and not worker_run.taken_at
     served = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], capture_output=True, text=True)
     assert served.returncode == 1 and served.stderr.strip() == f"sdworker: {wrong_variable}"
-    assert handler(job("one")) == {"error": wrong_variable, "refresh_worker": True}
+    assert handler(job("one")) == {
+        "error": wrong_variable, "code": "settings_error", "field": None, "refresh_worker": True}
 
 
 def test_a_cluster_s_variables_and_a_missing_home_do_not_end_a_start():
@@ -179,7 +180,7 @@ def test_a_cluster_s_variables_and_a_missing_home_do_not_end_a_start():
 @pytest.mark.parametrize("odd", [None, [], "text", 5, {}, {"id": 5}, {"id": {"a": [1]}, "input": "x"}, {"id": None,
                          "input": {"prompt": ["x", 5]}}, {"input": {"prompt": "x", "width": float("nan")}}])
 def test_no_job_makes_the_handler_raise(odd):
-    assert set(handler(odd)) == {"error"}
+    assert set(handler(odd)) == {"error", "code", "field"}
     json.dumps(handler(odd))
 
 
@@ -190,3 +191,11 @@ def test_neither_log_nor_monitor_keeps_an_answer_back(monkeypatch, broken):
         raise OSError("no space left on device")
     monkeypatch.setattr(broken, fail)
     assert handler({"id": "one", "input": {}})["error"].startswith("prompt is missing")
+
+
+@pytest.mark.parametrize(("name", "value"), [("RUNPOD_LOG_LEVEL", "verbose"), ("RUNPOD_PING_INTERVAL", "abc"),
+                                               ("RUNPOD_MIN_CUDA_VERSION", "abc")])
+def test_nonsense_in_the_sdks_variables_ends_the_start_with_a_sentence(name, value):
+    done = subprocess.run([sys.executable, "-m", "sdworker.cli.main", "serve"], text=True, capture_output=True,
+                          env=os.environ | {name: value})
+    assert done.returncode == 1 and f"{name} is '{value}': should be" in done.stderr and "Traceback" not in done.stderr

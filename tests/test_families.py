@@ -12,9 +12,12 @@ from handled import handled, pixels
 from PIL import Image
 
 import sdworker
+from sdworker.build.locate import locate
+from sdworker.build.single_file import bake_file
 from sdworker.core.families import FAMILIES, Family
-from sdworker.core.model_info import EMBEDDED, read_model_info
-from sdworker.embedded.tiny_models import MINIATURES, miniature
+from sdworker.core.model_info import EMBEDDED, ModelError, read_model_info
+from sdworker.core.settings import Settings
+from sdworker.embedded.tiny_models import MINIATURES, miniature, single_file
 from sdworker.serve.image_io import data_uri
 
 RED, BLUE, MASK = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
@@ -175,10 +178,103 @@ def test_an_unknown_class_that_requires_a_picture_gets_one(pipeline, tmp_path):
     begun = {"image": data_uri(RED), "num_inference_steps": 4}
     masked = begun | {"mask_image": data_uri(MASK)}
     answers, _ = handled(folder, {"without": {}, "with": masked if "Inpaint" in pipeline else begun, "mask": masked})
-    assert f"{pipeline} is not known to this worker, and drew nothing" in answers["without"]["error"]
+    missing = "image and mask_image are missing" if "Inpaint" in pipeline else "image is missing"
+    assert answers["without"]["error"].startswith(f"{missing}; ")
     assert pixels(answers["with"])[0].shape == (64, 64, 3)
     assert "which this worker does not know" in answers["with"]["warnings"][0]
     assert pixels(answers["mask"])[0].shape == (64, 64, 3), "by the class that diffusers has for it"
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_unet_for_inpainting_draws_with_a_picture_and_a_mask_alone(pipeline, tmp_path):
+    """Under the plain class too, nine input channels are noise, picture and mask."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path / "tiny"
+    miniature(pipeline, folder) if pipeline in MINIATURES else shutil.copytree(EMBEDDED, folder)
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()) | {
+        "in_channels": 9}).save_pretrained(folder / "unet")
+    begun = {"image": data_uri(RED), "num_inference_steps": 4}
+    answers, _ = handled(folder, {"plain": {}, "image": begun, "both": begun | {"mask_image": data_uri(MASK)}},
+                           before="from sdworker.start.load import initialize_model; initialize_model(warm=True)\n")
+    assert answers["plain"]["error"].startswith("image and mask_image are missing; ")
+    assert answers["image"]["error"].startswith("mask_image is missing; ")
+    assert np.array_equal(pixels(answers["both"])[0][:, :32], np.asarray(RED, int)[:, :32])
+
+
+def test_a_unet_that_was_made_for_another_class_is_refused_in_a_sentence(tmp_path):
+    """InstructPix2Pix under the plain class: its eight input channels are noise and a picture."""
+    from diffusers import UNet2DConditionModel
+
+    folder = miniature("StableDiffusionPipeline", tmp_path / "tiny")
+    UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()) | {
+        "in_channels": 8}).save_pretrained(folder / "unet")
+    answers, _ = handled(folder, {"plain": {}, "image": {"image": data_uri(RED), "num_inference_steps": 4}})
+    for answer in answers.values():
+        assert answer["code"] == "model_error" and "made for editing a picture by an instruction" in answer["error"]
+
+
+def test_a_model_without_a_component_draws_or_names_it(tmp_path):
+    def without(pipeline: str, *names: str) -> Path:
+        folder = miniature(pipeline, tmp_path / "-".join((pipeline, *names)))
+        index = json.loads((folder / "model_index.json").read_text()) | {name: [None, None] for name in names}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        for name in names:
+            shutil.rmtree(folder / name)
+        return folder
+    answers, _ = handled(without("StableDiffusion3Pipeline", "text_encoder_3", "tokenizer_3"), {
+        "plain": {}, "image": {"image": data_uri(RED), "num_inference_steps": 4}})
+    assert all(pixels(answer)[0].shape == (64, 64, 3) for answer in answers.values())
+    for pipeline, name in (("FluxPipeline", "text_encoder_2"), ("StableDiffusionPipeline", "unet"),
+                           ("PixArtSigmaPipeline", "scheduler")):
+        answers, _ = handled(without(pipeline, name), {"first": {}})
+        assert f"{name} is null in " in answers["first"]["error"] and "cannot draw without" in answers["first"]["error"]
+
+
+def test_kontext_draws_the_size_that_is_asked_for(tmp_path):
+    """Its call scales any size to a megapixel unless it is given the area."""
+    from diffusers import AutoencoderKL
+
+    folder = miniature("FluxPipeline", tmp_path / "tiny")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "FluxKontextPipeline"))
+    config = json.loads((folder / "vae" / "config.json").read_text())  # with eight pixels to a latent, as FLUX.1's
+    AutoencoderKL.from_config(config | {
+        "block_out_channels": [8] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4}).save_pretrained(folder / "vae")
+    answers, _ = handled(folder, {
+        "sized": {"image": data_uri(RED), "width": 64, "height": 48}, "alone": {"width": 96, "height": 32},
+        "large": {"image": data_uri(RED), "width": 1024, "height": 48}}, SDWORKER_MAX_SIZE_PX="512")
+    assert pixels(answers["sized"])[0].shape == (48, 64, 3) and pixels(answers["alone"])[0].shape == (32, 96, 3)
+    assert answers["large"]["error"].startswith("width is 1024: should be from")
+
+
+def test_the_native_side_is_read_from_two_numbers_or_from_the_table(tmp_path):
+    folder = miniature("StableDiffusionPipeline", tmp_path / "tiny")
+    config = folder / "unet" / "config.json"
+    for size, side in (([24, 32], 56), (None, 64)):  # 64: in sdworker.json, as the denoiser says nothing
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+        answers, _ = handled(folder, {"first": {}}, SDWORKER_PROFILE="lowmem")
+        assert pixels(answers["first"])[0].shape == (side, side, 3)
+
+
+def test_a_checkpoint_in_one_file_is_refused_with_the_command_and_draws_when_converted(tmp_path):
+    folder = miniature("StableDiffusionPipeline", tmp_path / "tiny")
+    file = single_file(folder, tmp_path / "some.safetensors")
+    bake_file(str(file), tmp_path / "converted", config=str(folder))
+    explicit = {"explicit": {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 3.0}}
+    (theirs,), (ours,) = (pixels(handled(model, explicit)[0]["explicit"]) for model in (folder, tmp_path / "converted"))
+    assert np.array_equal(theirs, ours)
+    for model in (file, tmp_path):
+        answers, log = handled(model, {"first": {}})
+        assert "some.safetensors --to DIR`" in answers["first"]["error"]
+        assert f"convert it with `sdworker bake {file} --to DIR`" in log, "the answer names no folder above the last"
+    file.rename(pickled := tmp_path / "some.ckpt")
+    for model, kind in ((pickled, "a pickle"), (tmp_path, "a pickle"), ("/x.gguf", "a GGUF file"),
+                        ("some.zip", "an archive")):
+        with pytest.raises(ModelError, match=f"is {kind}, .*; choose the model as a folder"):
+            locate(Settings(model=str(model)))
 
 
 MADE_UP = """

@@ -86,7 +86,7 @@ def test_what_the_worker_asks_for_leads_to_all_that_a_start_imports():
     names, packages = reach(project_requirements(ROOT), of), packages_distributions()
     imported = {name: packages[name] for name in drawn[-2].split() if name in packages and name != "sdworker"}
     missing = {name for name, of in imported.items() if not {one.lower().replace("_", "-") for one in of} & names}
-    assert missing <= {"defusedxml", "backports"}, "Pillow and httpx do without these two"
+    assert missing <= {"defusedxml", "backports", "sniffio"}, "Pillow, httpx and httpcore do without these"
 
 
 def test_every_stage_has_a_function():

@@ -30,6 +30,25 @@ def test_production_loop_answers_good_and_bad_jobs():
     assert PROMPT not in log and "base64" not in log, "neither prompts nor pictures in the log"
 
 
+def test_a_queue_that_goes_away_is_waited_for_in_one_line_of_the_log():
+    worker_run = run_workers(HANDLER, [job("late")], arrivals=[4.0], away=(0.2, 3.5))
+    assert "output" in worker_run.answers["late"]
+    assert worker_run.log.count("no job can be fetched") == 1, worker_run.log[-3000:]
+    assert worker_run.log.count("Ping Request Error") <= 1 and "urllib3" not in worker_run.log
+    assert "Failed to get job" not in worker_run.log and "monitor_stop_signals" not in worker_run.log
+
+
+def test_previews_come_while_a_picture_is_drawn():
+    worker_run = run_workers(HANDLER, [job("seen", previews=True, n=4, num_inference_steps=100), job("plain")])
+    messages = worker_run.progress["seen"]
+    steps = [message["step"] for message in messages]
+    assert steps == sorted(set(steps)) and steps[-1] < messages[-1]["steps"] == 400
+    for message in messages:
+        assert message["seconds_left"] >= 1 and len(message["preview"]) < 64_000
+        assert from_data_uri(message["preview"]).size == (32, 32)
+    assert worker_run.answers["seen"]["output"]["warnings"] == [] and "plain" not in worker_run.progress
+
+
 @pytest.mark.parametrize("way", ["background", "lazy", "eager"])
 def test_the_ledger_comes_once_and_adds_up(way):
     worker_run = run_workers(HANDLER, [job("first"), job("second")], {"SDWORKER_LOAD": way})

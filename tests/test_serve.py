@@ -32,7 +32,7 @@ def test_runsync_draws(client):
     answer = ask(client, prompt=PROMPT, seed=7)
     output = answer["output"]
     assert answer["status"] == "COMPLETED"
-    assert set(output) == {"images", "seed", "seeds", "timings", "warnings", "model"}
+    assert set(output) == {"images", "seed", "seeds", "timings", "warnings", "model", "usage"}
     assert all(judge(from_data_uri(output["images"][0]), PROMPT).values())
     assert output["seeds"] == [7] and output["timings"]["total"] > output["timings"]["denoise"] > 0
 
@@ -135,6 +135,15 @@ def test_generate_writes_pictures_and_json(tmp_path):
     report = json.loads(done.stdout)
     assert done.returncode == 0 and [image["seed"] for image in report["images"]] == [7, 8]
     assert len(list((tmp_path / "a folder").glob("*.png"))) == 2
+
+
+def test_the_limits_of_a_queue_are_not_those_of_the_command(tmp_path):
+    tight = {"SDWORKER_MAX_STEPS": "1", "SDWORKER_MAX_SIZE_PX": "64", "SDWORKER_MAX_PROMPT_CHARS": "5"}
+    size = ("--width", "96", "--height", "64", "--steps", "2")
+    done = cli("generate", "a (red:1.3) star", *size, "--prompt-syntax", "weighted", "--clip-skip", "1",
+               "-o", str(tmp_path), "--json", **tight)
+    assert done.returncode == 0, done.stderr
+    assert not any("weights" in warning for warning in json.loads(done.stdout)["warnings"])
 
 
 @pytest.mark.parametrize("command", ["bench", "coldstart"])

@@ -81,7 +81,7 @@ def state(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_keeps_to_what_it_promises(name):
-    result = verdict(built(name), SWITCHES[name])
+    result = verdict(built(name), SWITCHES[name], 5 if name == "bfloat16" else 20)  # processors without it take minutes
     assert result.passed, result
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..build.cache_dirs import aot_dirs
-from ..core.checkpoint_files import weight_files
+from ..core.checkpoint_files import variant_of, weight_files
 from ..core.model_info import EMBEDDED, ModelInfo
 from ..core.settings import get_settings
 from ..core.timing import machine, summary, write_result
@@ -125,8 +125,8 @@ def naive_worker(
     script: str = NAIVE,  # the worker's code
 ) -> tuple[list[str], dict[str, str]]:  # command and environment
     "The naive worker's command."
-    fp16 = any(".fp16." in path.name for path in weight_files(folder))
-    return [sys.executable, "-c", script], {"MODEL": str(folder)} | ({"VARIANT": "fp16"} if fp16 else {})
+    variant = next(filter(None, (variant_of(path.name) for path in weight_files(folder))), None)
+    return [sys.executable, "-c", script], {"MODEL": str(folder)} | ({"VARIANT": variant} if variant else {})
 
 def explicit_job(
     model: ModelInfo,  # for the model's size, steps and guidance
@@ -295,7 +295,7 @@ READING = READ + """
 import sdworker.start.timeline
 import sdworker.serve.handler
 
-def respond(payload):
+def respond(job):
     read_all(sdworker.serve.handler.initialize_model().pipe)
     sdworker.start.timeline.LEDGER.lap("read the rest")
     return {"images": [], "timings": {"cold_start": sdworker.start.timeline.LEDGER.close()}}

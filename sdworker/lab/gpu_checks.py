@@ -476,7 +476,8 @@ def checks(
     def run(name: str, check: Callable[..., Any], *arguments: Any, needs: float = 5, limit: float = math.inf,
             dry: bool = True, **named: Any) -> None:
         if dry or not setup.dry or only:  # with dry=False (compilers take minutes) it runs dry only if it is named
-            report.part(name, lambda: check(setup, *arguments, **named), min(needs, 5) if setup.dry else needs, limit)
+            needs, limit = (min(needs, 5), math.inf) if setup.dry else (needs, limit)  # a dry run's machine may be busy
+            report.part(name, lambda: check(setup, *arguments, **named), needs, limit)
     slow = [name for name in SWITCHES if name.startswith(("compile", "aot"))]
     run("machine", machine_tools)
     run("rates", rates, limit=60)
@@ -496,9 +497,8 @@ def checks(
     if any((setup.scratch / "aot").glob("*/aot.json")):
         run("worker, compiled ahead of time", worker, 60, 4, SDWORKER_ENGINE="aot", needs=20, dry=False,
             SDWORKER_AOT_DIR=str(setup.scratch / "aot"))
-    for name in SWITCHES:
-        if name not in slow:
-            run(f"switch {name}", switch, name, limit=45)
+    for name in [name for name in SWITCHES if name not in slow]:
+        run(f"switch {name}", switch, name, limit=45)
     run("refiner, offload", refiner_offload, limit=60)
     run("worker, regional", worker, 120, 3, odd=True, SDWORKER_COMPILE="regional", needs=60, dry=False)
     for name in slow:

@@ -188,7 +188,7 @@ def project_requirements(
         {line for line in extras if Requirement(line).name in needed})
 
 # %% ../../nbs/8_lab/13_gpu_programme.ipynb #97e00023
-LEFT_OUT = {"boto3", "fastapi", "inquirerpy", "prettytable", "watchdog"}  # the SDK requires them, no start imports them
+LEFT_OUT = {"boto3", "fastapi", "inquirerpy", "prettytable", "watchdog"}  # required, but no start imports them
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 def installed_packages(

@@ -25,6 +25,7 @@ from aiohttp import web
 class WorkerRun:
     "The answers and times of the workers at the queue."
     answers: dict[str, dict] = field(default_factory=dict)  # by job id: what the SDK posted
+    progress: dict[str, list] = field(default_factory=dict)  # by job id: messages sent while it was drawn
     answered_at: dict[str, float] = field(default_factory=dict)  # by job id: when its answer came
     taken_at: dict[str, float] = field(default_factory=dict)  # by job id: when a worker took it
     pings: list[float] = field(default_factory=list)  # when each heartbeat came
@@ -80,8 +81,11 @@ class Queue(_WaitingJobs):
 
     async def _answer(self, request: web.Request) -> web.Response:
         job, text = request.match_info["job"], await request.text()
-        self.worker_run.answered_at[job] = self.now()
-        self.worker_run.answers[job] = json.loads(text)
+        answer = json.loads(text)
+        if answer.get("status") == "IN_PROGRESS":
+            self.worker_run.progress.setdefault(job, []).append(answer["output"])
+        else:
+            self.worker_run.answered_at[job], self.worker_run.answers[job] = self.now(), answer
         return web.Response()
 
     async def _ping(self, request: web.Request) -> web.Response:
@@ -104,47 +108,17 @@ def queue_environment(
             "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_LOG_LEVEL": "INFO",  # the interval in milliseconds
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true"}
 
-# %% ../../nbs/8_lab/02_queue_server.ipynb #675b79c9
-def run_workers(
-    command: Sequence[str],  # program and arguments that start one worker
-    jobs: Sequence[dict],  # each with "id" and "input"
-    environment: dict[str, str] | None = None,  # variables, besides this process's own and `queue_environment`
-    limit: float = 120,  # seconds until the workers are stopped in any case
-    stop: bool = True,  # False: after the last answer, wait for the workers to end by themselves
-    arrivals: Sequence[float] = (),  # seconds after all workers have requested a job, per job; empty: at once
-    workers: int = 1,  # number of processes
-) -> WorkerRun:  # answers and times
-    "Start workers, give them jobs, and stop them when all jobs are answered or a worker has ended."
-    queue = Queue(jobs, arrivals, workers)
-    with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
-        try:
-            return pool.submit(asyncio.run, _run_workers(command, queue, environment or {}, limit, stop)).result()
-        finally:  # Ctrl-C or a time limit: the workers must not outlive their caller
-            queue.interrupted = True
-
-# %% ../../nbs/8_lab/02_queue_server.ipynb #6790d2d2
-async def _run_workers(command, queue: Queue, environment, limit, stop) -> WorkerRun:
-    runner = web.AppRunner(queue.app, shutdown_timeout=1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    with tempfile.TemporaryFile("w+") as log:
-        queue.start = time.monotonic()
-        names, port = ["worker", *(f"worker-{k}" for k in range(2, queue.expected + 1))], runner.addresses[0][1]
-        workers = [subprocess.Popen(command, env={**os.environ, **queue_environment(port, name), **environment},
-                                    stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                    start_new_session=True) for name in names]
-        try:
-            while (all(worker.poll() is None for worker in workers) and queue.now() < limit and not queue.interrupted
-                   and (len(queue.worker_run.answered_at) < queue.job_count or not stop)):
-                await asyncio.sleep(0.02)
-            queue.worker_run.code = next((code for worker in workers if (code := worker.poll()) is not None), None)
-        finally:
-            for worker in workers:
-                await _end(worker, queue)
-            await runner.cleanup()
-        log.seek(0)
-        queue.worker_run.log = log.read()
-    return queue.worker_run
+# %% ../../nbs/8_lab/02_queue_server.ipynb #394f9e1f
+async def _close_for_a_while(runner: web.AppRunner, queue: Queue, start: float, end: float) -> None:
+    "Refuse and end all connections between two times after all workers have requested a job."
+    while not queue.worker_run.opened:
+        await asyncio.sleep(0.02)
+    [site], port = runner.sites, runner.addresses[0][1]
+    await asyncio.sleep(start)
+    await site.stop()
+    await runner.server.shutdown(0.1)  # 0 would be: as long as it takes
+    await asyncio.sleep(end - start)
+    await web.TCPSite(runner, "127.0.0.1", port).start()
 
 async def _end(worker: subprocess.Popen, queue: Queue) -> None:
     "Stop a process, by SIGTERM first, and all processes that it has forked."
@@ -155,3 +129,52 @@ async def _end(worker: subprocess.Popen, queue: Queue) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
+
+# %% ../../nbs/8_lab/02_queue_server.ipynb #675b79c9
+def run_workers(
+    command: Sequence[str],  # program and arguments that start one worker
+    jobs: Sequence[dict],  # each with "id" and "input"
+    environment: dict[str, str] | None = None,  # variables, besides this process's own and `queue_environment`
+    limit: float = 120,  # seconds until the workers are stopped in any case
+    stop: bool = True,  # False: after the last answer, wait for the workers to end by themselves
+    arrivals: Sequence[float] = (),  # seconds after all workers have requested a job, per job; empty: at once
+    workers: int = 1,  # number of processes
+    away: tuple[float, float] | None = None,  # seconds like arrivals: the queue is closed from, and to; None: never
+) -> WorkerRun:  # answers and times
+    "Start workers, give them jobs, and stop them when all jobs are answered or a worker has ended."
+    queue = Queue(jobs, arrivals, workers)
+    with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
+        try:
+            return pool.submit(asyncio.run, _run_workers(
+                command, queue, environment or {}, limit, stop, away)).result()
+        finally:  # Ctrl-C or a time limit: the workers must not outlive their caller
+            queue.interrupted = True
+
+# %% ../../nbs/8_lab/02_queue_server.ipynb #6790d2d2
+async def _run_workers(command, queue: Queue, environment, limit, stop, away) -> WorkerRun:
+    runner = web.AppRunner(queue.app, shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    with tempfile.TemporaryFile("w+") as log:
+        queue.start = time.monotonic()
+        names, port = ["worker", *(f"worker-{k}" for k in range(2, queue.expected + 1))], runner.addresses[0][1]
+        workers = [subprocess.Popen(command, env={**os.environ, **queue_environment(port, name), **environment},
+                                    stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                    start_new_session=True) for name in names]
+        closing = asyncio.create_task(_close_for_a_while(runner, queue, *away)) if away else None
+        try:
+            while (all(worker.poll() is None for worker in workers) and queue.now() < limit and not queue.interrupted
+                   and (len(queue.worker_run.answered_at) < queue.job_count or not stop)):
+                if closing and closing.done():
+                    closing.result()  # raises what went wrong, such as a port that is taken
+                await asyncio.sleep(0.02)
+            queue.worker_run.code = next((code for worker in workers if (code := worker.poll()) is not None), None)
+        finally:
+            for worker in workers:
+                await _end(worker, queue)
+            if closing:
+                closing.cancel()
+            await runner.cleanup()
+        log.seek(0)
+        queue.worker_run.log = log.read()
+    return queue.worker_run

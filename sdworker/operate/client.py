@@ -7,6 +7,7 @@ __all__ = ['FINAL', 'TRIES', 'REASONS', 'RUNPOD', 'KEY', 'Job', 'job_of', 'pause
            'connection', 'Client']
 
 # %% ../../nbs/6_operate/02_client.ipynb #eeda8a25
+import io
 import os
 import random
 import time
@@ -41,18 +42,31 @@ class Job:
 
     @property
     def images(self) -> list[Image.Image]:  # in the order of the output
-        "Decode the pictures of the output; raises `ValueError` for one that is no picture."
-        return [from_data_uri(text) for text in (self.output or {}).get("images", [])]
+        "Decode the pictures of the output, or fetch them from their addresses. Raises `ValueError` or `ClientError`."
+        return [_picture(text) for text in (self.output or {}).get("images", [])]
 
     def save(
         self,
         folder: Path,  # must exist
     ) -> list[Path]:  # the written files
         "Write the pictures, under names with position and seed."
-        texts, seeds = self.output["images"], self.output["seeds"]
-        suffixes = [text.partition(";")[0].removeprefix("data:image/") for text in texts]
-        return [save(image, folder / f"{k:02d}-seed-{seed}.{suffix}") for k, (image, seed, suffix) in enumerate(
-            zip(self.images, seeds, suffixes, strict=True), 1)]
+        return [save(image, folder / f"{k:02d}-seed-{seed}.{image.format.lower()}") for k, (image, seed) in enumerate(
+            zip(self.images, self.output["seeds"], strict=True), 1)]
+
+# %% ../../nbs/6_operate/02_client.ipynb #306ac243
+def _picture(text: str) -> Image.Image:  # text: a data URI, or an address
+    "Decode or fetch a picture; raises `ValueError` for one that is no picture, `ClientError` for no answer."
+    if not text.startswith(("http://", "https://")):
+        return from_data_uri(text)
+    try:
+        answer = httpx.get(text, timeout=60, follow_redirects=True).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message has the address, with the signature
+        raise ClientError(f"a picture cannot be fetched ({type(error).__name__}); its address may have expired."
+                          ) from None
+    try:
+        return Image.open(io.BytesIO(answer.content))
+    except OSError:
+        raise ValueError("a picture's address leads to something that is no picture.") from None
 
 # %% ../../nbs/6_operate/02_client.ipynb #8e3f5aa4
 def job_of(

@@ -106,7 +106,7 @@ class Tally:
                 "slowest": round(durations[-1], 3), "busy": round(min(worked / elapsed, 1.0), 3) if elapsed else 0.0,
                 "shares": shares}
 
-STAGES = ("text_encoder", "denoise", "decode", "image_encoding")  # of a job, in their order
+STAGES = ("validate", "text_encoder", "denoise", "decode", "image_encoding", "delivery")  # of a job, in their order
 
 # %% ../../nbs/5_serve/07_monitor.ipynb #25a204e6
 _state: dict[str, Tally | None] = {"tally": None}
@@ -126,7 +126,7 @@ def note(
     **options: Any,  # of `Logger.log`, such as exc_info
 ) -> None:
     "Log a job's outcome, and add it to the next summary."
-    images, timings, warnings = (len(answer["images"]), answer["timings"], answer.get("warnings", [])) if answer else (
+    images, timings, warnings = (len(answer["seeds"]), answer["timings"], answer.get("warnings", [])) if answer else (
         0, {}, [])
     figures = {"event": "job", "job": job, "outcome": outcome, "seconds": round(seconds, 4), "images": images,
                "timings": timings, "warnings": warnings, "gpu": gpu_state()}
