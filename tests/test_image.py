@@ -62,7 +62,10 @@ def buildah(*arguments: object, before: tuple[str, ...] = (), check: bool = True
     """Run buildah with a storage of its own, so that nothing else on the machine is touched."""
     command = [*before, "buildah", "--root", KEPT / "storage", "--runroot", KEPT / "run", *arguments]
     ours = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(KEPT / "tmp")}
-    done = subprocess.run(command, env=os.environ | ours, text=True, **{"capture_output": True} | options)
+    for _ in range(5):
+        done = subprocess.run(command, env=os.environ | ours, text=True, **{"capture_output": True} | options)
+        if "sealing memfd copy" not in (done.stderr or ""):  # buildah copies itself; the kernel may be busy with it
+            break
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
