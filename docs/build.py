@@ -3,6 +3,7 @@
 Each notebook becomes a page, each chapter's folder a page that lists them, each module a reference page.
 Notebooks are not executed; they bring their outputs. What Sphinx reads is written to `_proc/site`, anew each time.
 """
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -101,4 +102,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # which takes --help, and nothing else
     sys.exit(main())

@@ -3,6 +3,7 @@
 uv resolves settings.ini for the image's platform; of each package the one wheel that pip would choose there is kept,
 with its hash, its size and what it unpacks to. `tests.lock` has what the tests need and the worker does not.
 """
+import argparse
 import io
 import shutil
 import subprocess
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # which takes --help, and nothing else
     main()

@@ -4,6 +4,7 @@
 a local queue by diffusers and by ahead-of-time code, the tests of families and add-ons run, and imports are timed.
 The results go to `results/lock.json` with the hash of the lock; a test fails when the two no longer belong together.
 """
+import argparse
 import json
 import os
 import re
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # which takes --help, and nothing else
     main()

@@ -247,6 +247,20 @@ def test_refusing_a_request_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+PROGRAMS = sorted(path.relative_to(ROOT) for folder in ("sdworker", "docs") for path in (ROOT / folder).rglob("*.py")
+                  if "__name__ == \"__main__\"" in path.read_text())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+@pytest.mark.parametrize("argument", ["--help", "--no-such-option"])
+def test_a_program_begins_nothing_when_asked_for_help_or_something_unknown(path, argument, tmp_path):
+    command = [ROOT / path] if path.parts[0] == "docs" else ["-m", ".".join(path.with_suffix("").parts)]
+    done = subprocess.run([sys.executable, *command, argument], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == (0 if argument == "--help" else 2), done.stderr
+    assert "usage:" in (done.stdout + done.stderr).lower() and not list(tmp_path.iterdir())
+
+
 def test_readme_is_made_from_the_index():
     command = [sys.executable, ROOT / "docs" / "notebooks.py", "--readme", "-"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPILED', 'MODES', 'PROMPT', 'NOISE', 'measure_mode', 'measure_in_process', 'break_even', 'measure', 'starts',
-           'table']
+           'table', 'main']
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #88638ce9
 import json
@@ -13,14 +13,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..build.cache_dirs import aot_dirs
 from ..core.checkpoint_files import weight_files
-from ..core.model_info import EMBEDDED, read_model_info
+from ..core.model_info import EMBEDDED, ModelError, read_model_info
 from ..core.settings import get_settings
 from ..core.timing import timed, write_result
 from ..engine.build_pipeline import build_pipeline, defaults
@@ -78,6 +80,7 @@ def measure(
     modes: Sequence[str] = MODES,  # "regional" before "cached", whose cache it fills
     repeat: int = 5,  # images of each mode and round
     rounds: int = 1,  # processes of each mode, interleaved
+    on_process: Callable[[], None] = lambda: None,  # called after each process
 ) -> dict[str, dict[str, float]]:  # medians over the rounds by mode, as from `measure_mode`
     "Measure several modes."
     results = []
@@ -85,14 +88,23 @@ def measure(
         with tempfile.TemporaryDirectory() as scratch:
             # "regional" and "cached" share a cache
             caches = {mode: Path(scratch, "denoiser" if mode == "reduce-overhead" else "blocks") for mode in modes}
-            results.append({mode: measure_in_process(mode, cache, repeat) for mode, cache in caches.items()})
+            results.append({})
+            for mode, cache in caches.items():
+                results[-1][mode] = measure_in_process(mode, cache, repeat)
+                on_process()
     return {mode: {key: median(one[mode][key] for one in results) for key in results[0][mode]} for mode in modes}
 
+# %% ../../nbs/8_lab/07_break_even.ipynb #93ceaa22
 def starts(
     repeat: int = 3,  # starts of each mode
+    on_start: Callable[[], None] = lambda: None,  # called after each start
 ) -> dict[str, float]:  # by mode, seconds from exec to the first answer at the queue, medians
     "Start a worker in each mode, interleaved, with all files that it reads dropped from the page cache if possible."
     model, workers = read_model_info(EMBEDDED, "embedded"), {}
+
+    def clear() -> None:
+        shutil.rmtree(empty, ignore_errors=True)
+        on_start()
     with tempfile.TemporaryDirectory() as scratch:
         # caches of the compiler; "empty" is deleted after each start
         filled, empty = Path(scratch, "filled"), Path(scratch, "empty")
@@ -103,8 +115,7 @@ def starts(
                 "TORCHINDUCTOR_CACHE_DIR": str(filled if mode == "cached" else empty), "SDWORKER_MAX_BATCH": "1"}
         files = libraries() + weight_files(EMBEDDED) + [path for place in aot_dirs(get_settings())
                                                         for path in place.glob("*/*")]
-        runs = interleaved(workers, explicit_job(model), repeat, files if evict(files) else [],
-                           on_start=lambda: shutil.rmtree(empty, ignore_errors=True))
+        runs = interleaved(workers, explicit_job(model), repeat, files if evict(files) else [], clear)
     return {mode: median(run["seconds"] for run in times) for mode, times in runs.items()}
 
 # %% ../../nbs/8_lab/07_break_even.ipynb #4736c7f3
@@ -126,8 +137,29 @@ def table(
                       f"{one['image'] / plain:.2f}", repaid))
     return lines
 
+# %% ../../nbs/8_lab/07_break_even.ipynb #dc133c03
+def main(
+    record: Annotated[Path, typer.Argument(help="Where to write the result.")] = Path("results/compile.json"),
+):
+    "Measure all modes with the embedded model and record them. Needs g++ and both AOT packages. Some twenty minutes."
+    from rich.progress import Progress
+
+    model = read_model_info(EMBEDDED, "embedded")
+    for mode in ("aot", "aot, int8"):  # an absent package is reported now, not after the other modes
+        try:
+            engine_with(SWITCHES[mode], model)
+        except ModelError as error:
+            typer.echo(f"break_even: {mode}: {error} `make aot` makes both, for SDWORKER_AOT_DIR=out/aot.", err=True)
+            raise typer.Exit(1) from None
+    with Progress() as progress:
+        task = progress.add_task("processes", total=(3 + 5) * len(MODES))
+        report = {"modes": measure(repeat=15, rounds=3, on_process=lambda: progress.advance(task)),
+                  "starts": starts(5, lambda: progress.advance(task))}
+    write_result(record, report, "python -m sdworker.lab.break_even: the embedded model, one image in a call; modes: "
+                 "medians of fifteen images in each of three processes of each mode, interleaved; prepare is until "
+                 "compiled code draws; starts: from exec to the first answer at the queue, all files cold, medians of "
+                 "five, interleaved")
+
+# %% ../../nbs/8_lab/07_break_even.ipynb #25ac5db6
 if __name__ == "__main__" and "__file__" in globals():
-    write_result(Path(sys.argv[1]), {"modes": measure(repeat=15, rounds=3), "starts": starts(5)},
-        "python -m sdworker.lab.break_even: the embedded model, one image in a call; modes: medians of fifteen images "
-        "in each of three processes of each mode, interleaved; prepare is until compiled code draws; starts: from exec "
-        "to the first answer at the queue, all files cold, medians of five, interleaved")
+    typer.run(main)

@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'BAKED', 'POOLS', 'NO_INPUT', 'SHOWN_FIRST', 'GPUS', 'CUDA'
            'inputs', 'presets', 'hub_json', 'tests_json', 'write', 'mistakes', 'pools_of', 'refused']
 
 # %% ../../nbs/6_operate/01_hub.ipynb #bd43cab5
+import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -171,7 +172,9 @@ def write(
     return list(files)
 
 if __name__ == "__main__" and "__file__" in globals():  # not in this notebook
-    print(*write(Path()), sep="\n")
+    parser = argparse.ArgumentParser("python -m sdworker.operate.hub", description=write.__doc__)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(), help="the repository; default: here")
+    print(*write(parser.parse_args().root), sep="\n")
 
 # %% ../../nbs/6_operate/01_hub.ipynb #28531f45
 def mistakes(
