@@ -141,7 +141,7 @@ def table(
 def main(
     record: Annotated[Path, typer.Argument(help="Where to write the result.")] = Path("results/compile.json"),
 ):
-    "Measure all modes with the embedded model and record them. Needs g++ and both AOT packages. Some twenty minutes."
+    "Measure all modes with the embedded model and record them. Needs g++ and both AOT packages. A quarter of an hour."
     from rich.progress import Progress
 
     model = read_model_info(EMBEDDED, "embedded")
