@@ -87,16 +87,17 @@ def _draw_and_encode(job: Mapping[str, Any], request: JobRequest, model: ModelIn
     "Draw a request; return what was drawn, its flags, its files, and warnings of missing previews."
     encodings, at_queue = [], "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
     send = _Progress(job) if request.previews and at_queue else None
-    with ThreadPoolExecutor(2, "encode") as pool:
-        drawn, flags = ENGINE_THREAD.submit(partial(
-            _draw, request, settings, lambda picture: encodings.append(pool.submit(_encode, picture, request, model)),
-            send)).result()
-        LEDGER.lap("first image")
-        with drawn.timings.stage("image_encoding"):  # the encoding that is left when all is drawn
-            files = [future.result() for future in encodings]
-    if send:
-        return drawn, flags, files, send.close()
-    return drawn, flags, files, [NO_QUEUE] if request.previews else []
+    try:
+        with ThreadPoolExecutor(2, "encode") as pool:
+            drawn, flags = ENGINE_THREAD.submit(partial(
+                _draw, request, settings,
+                lambda picture: encodings.append(pool.submit(_encode, picture, request, model)), send)).result()
+            LEDGER.lap("first image")
+            with drawn.timings.stage("image_encoding"):  # the encoding that is left when all is drawn
+                files = [future.result() for future in encodings]
+    finally:  # an error is an answer too
+        warnings = send.close() if send else [NO_QUEUE] if request.previews else []
+    return drawn, flags, files, warnings
 
 # %% ../../nbs/5_serve/08_handler.ipynb #083ef318
 def respond(
