@@ -157,8 +157,8 @@ def client():
     "OpenAI's client, whose requests reach the handler as RunPod's queue passes them on."
     def proxy(request: httpx.Request) -> httpx.Response:
         route = request.url.path.removeprefix("/v2/endpoint/openai")
-        asked = {"openai_route": route, "openai_input": json.loads(request.content)}
-        answer = handler({"id": "openai", "input": asked})
+        payload = {"openai_route": route, "openai_input": json.loads(request.content)}
+        answer = handler({"id": "openai", "input": payload})
         return httpx.Response(400 if "error" in answer else 200, json=answer)
 
     with openai.OpenAI(api_key="none", base_url="https://api.runpod.example/v2/endpoint/openai/v1", max_retries=0,

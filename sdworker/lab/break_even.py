@@ -152,9 +152,10 @@ def main(
             typer.echo(f"break_even: {mode}: {error} `make aot` makes both, for SDWORKER_AOT_DIR=out/aot.", err=True)
             raise typer.Exit(1) from None
     with Progress() as progress:
-        task = progress.add_task("processes", total=(3 + 5) * len(MODES))
-        report = {"modes": measure(repeat=15, rounds=3, on_process=lambda: progress.advance(task)),
-                  "starts": starts(5, lambda: progress.advance(task))}
+        rounds, repeat = 3, 5  # as the record's text says
+        task = progress.add_task("processes", total=(rounds + repeat) * len(MODES))
+        report = {"modes": measure(repeat=15, rounds=rounds, on_process=lambda: progress.advance(task)),
+                  "starts": starts(repeat, lambda: progress.advance(task))}
     write_result(record, report, "python -m sdworker.lab.break_even: the embedded model, one image in a call; modes: "
                  "medians of fifteen images in each of three processes of each mode, interleaved; prepare is until "
                  "compiled code draws; starts: from exec to the first answer at the queue, all files cold, medians of "

@@ -185,9 +185,10 @@ JPEG_QUALITIES = (95, 90, 80)
 
 def base64_bytes(
     files: Sequence[bytes],  # encoded pictures
+    repeated: int = 0,  # how many of them, from the first, are written twice
 ) -> int:
     "Return the size of files written as data URIs in JSON."
-    return sum(4 * ((len(data) + 2) // 3) + 32 for data in files)
+    return sum(4 * ((len(data) + 2) // 3) + 32 for data in [*files, *files[:repeated]])
 
 def fit_inline(
     files: Sequence[bytes],  # encoded pictures
@@ -197,11 +198,11 @@ def fit_inline(
     images_repeated: int = 0,  # how many pictures, from the first, the answer contains twice
 ) -> tuple[list[str], list[str]]:  # data URIs; warnings for the answer
     "Write pictures as text within a limit, as JPEG if need be; raises `DeliveryError` if that does not fit either."
-    if (size := base64_bytes([*files, *files[:images_repeated]])) <= limit:
+    if (size := base64_bytes(files, images_repeated)) <= limit:
         return [as_data_uri(data, image_format) for data in files], []
     for quality in JPEG_QUALITIES:
         smaller = as_jpeg(quality)
-        if base64_bytes([*smaller, *smaller[:images_repeated]]) <= limit:
+        if base64_bytes(smaller, images_repeated) <= limit:
             warning = (f"The pictures have {size / 1e6:.1f} MB as {image_format}, and an answer may have "
                        f"{limit / 1e6:.1f} MB; they are JPEG of quality {quality} here. With a bucket "
                        f"(SDWORKER_BUCKET_*), or with fewer images, you get {image_format}.")
@@ -244,7 +245,7 @@ def deliver(
 ) -> tuple[list[str], list[str]]:  # data URIs or addresses; warnings
     "Deliver pictures; raises `DeliveryError`, with their seeds, if no upload succeeds and they do not fit inline."
     warnings, bucket, repeated = [], destination.bucket, destination.images_repeated
-    fits = base64_bytes([*files, *files[:repeated]]) <= destination.limit
+    fits = base64_bytes(files, repeated) <= destination.limit
     if bucket and (destination.upload_always or bucket.from_job or not fits):
         keys = [f"{destination.folder}/{k:02d}-seed-{seed}.{image_format}" for k, seed in enumerate(seeds, 1)]
         try:
