@@ -176,7 +176,7 @@ def test_an_engine_without_its_add_ons_refuses_loras(model):
     aot = SimpleNamespace(model=model, about={"key": {"ranges": ranges}}, tables={"own rows"})
     params, specs = prepare(Request(prompt=PROMPT, loras={}), model)
     params = replace(params, refiner_start=1.0)
-    assert unsupported_reason(aot, params, 1, specs) == "loras is {}, and the AOT engine does not draw with that"
+    assert unsupported_reason(aot, params, specs) == "loras is {}, and the AOT engine does not draw with that"
 
 
 def test_fused_loras_and_missing_ones_are_named_with_a_remedy(tmp_path, model):

@@ -238,15 +238,14 @@ class AotEngine:
         self.about = read_json(folder / ABOUT)
         self.model, self.device, self.dtype = model, device, self.about["key"]["dtype"]
         self.failed_allocations, self.warnings = 0, []  # warnings: for each answer
-        self.text_chunks = lambda spec, params: 1  # longer prompts are not drawn
         self.weights, self.parts, self.tokenizers, self.tables = _open(model, folder, self.about, device)
+        self.text_chunks = lambda spec, params: 1  # longer prompts are not drawn
+        self.max_batch = min(self.about["key"]["ranges"]["images"][1], model.family.batch)
 
     @torch.inference_mode()
-    def run(
-        self,
-        part: str,  # "text", "denoiser" or "vae"
-        *tensors: torch.Tensor,  # its inputs, on the engine's device
-    ) -> list[torch.Tensor]:  # the part's outputs
+    def run(self, part: str,  # "text", "denoiser" or "vae"
+            *tensors: torch.Tensor,  # its inputs, on the engine's device
+            ) -> list[torch.Tensor]:  # the part's outputs
         "Call a part. Raises `Unsuited` if it was not compiled for such inputs."
         check_inputs(self.about["parts"][part], self.about["bounds"], tensors)
         return _call(self, part, [tensor.contiguous() for tensor in tensors])
@@ -264,9 +263,9 @@ class AotEngine:
         "Decode latents to pixels, uint8 (n, height, width, 3)."
         return self.run("vae", latents)[0].cpu().numpy()
 
-    def route(self, params, specs, images):
+    def route(self, params, specs):
         "Return this engine, and a warning of what is not read. Raises `Unsuited` for what it does not support."
-        if reason := unsupported_reason(self, params, images, specs):
+        if reason := unsupported_reason(self, params, specs):
             raise Unsuited(f"{reason}; SDWORKER_ENGINE=auto hands such requests to the diffusers engine.")
         return self, self.warnings + unread(self, params, specs)
 
@@ -371,7 +370,6 @@ AOT_FIELDS = {"width", "height", "steps", "guidance", "guidance_stop", "sampler"
 def unsupported_reason(
     engine: AotEngine,  # its ranges and tables are used
     params: SamplingParams,  # size, steps, sampler and guidance, for all images
-    images: int,  # in one call
     specs: Sequence[ImageSpec] = (),  # all images of the request; empty: only the parameters are checked
 ) -> str:  # a sentence without its full stop; empty: it is supported
     "Why an AOT package does not support a request."
@@ -385,10 +383,9 @@ def unsupported_reason(
         if not minimum <= getattr(params, name) <= maximum or getattr(params, name) % unit:
             return (f"{name} is {getattr(params, name)}, and the AOT engine draws {minimum} to {maximum}, in steps of "
                     f"{unit}")
-    for name, value, (minimum, maximum) in (("num_inference_steps", params.steps, limits["steps"]),
-                                            ("images in one call", images, limits["images"])):
-        if not minimum <= value <= maximum:
-            return f"{name} is {value}, and the AOT engine takes {minimum} to {maximum}"
+    minimum, maximum = limits["steps"]
+    if not minimum <= params.steps <= maximum:
+        return f"num_inference_steps is {params.steps}, and the AOT engine takes {minimum} to {maximum}"
     if f"{params.sampler or OWN} rows" not in engine.tables:
         return f"the AOT engine has no table of the scheduler {params.sampler or 'of the model'}"
     known = AOT_FIELDS if engine.model.family.negative else AOT_FIELDS - {"guidance_stop"}  # FLUX has guidance built in
@@ -407,7 +404,7 @@ class AotWithFallback:
         self.aot_engine, self.model = aot_engine, aot_engine.model
         self.device, self.dtype = aot_engine.device, aot_engine.dtype
         self.encode, self.denoise, self.decode = aot_engine.encode, aot_engine.denoise, aot_engine.decode
-        self.text_chunks = aot_engine.text_chunks
+        self.text_chunks, self.max_batch = aot_engine.text_chunks, aot_engine.max_batch
         self._load, self._diffusers_engine = diffusers_engine, None
 
     def diffusers_engine(self) -> Engine:  # loaded at the first call
@@ -419,15 +416,15 @@ class AotWithFallback:
             raise ModelError(str(error), lasting=lost) from error
         return self._diffusers_engine
 
-    def route(self, params: SamplingParams, specs: Sequence[ImageSpec], images: int) -> tuple[Engine, list[str]]:
+    def route(self, params: SamplingParams, specs: Sequence[ImageSpec]) -> tuple[Engine, list[str]]:
         "Choose the engine for images, with warnings for the answer. Raises `Unsuited` or `ModelError`."
-        if not (reason := unsupported_reason(self.aot_engine, params, images, specs)):
-            return self.aot_engine.route(params, specs, images)
+        if not (reason := unsupported_reason(self.aot_engine, params, specs)):
+            return self.aot_engine.route(params, specs)
         _log_once(f"{reason}; the diffusers engine draws such requests")
         begin, loaded = time.perf_counter(), self._diffusers_engine
         diffusers_engine = self.diffusers_engine()
         waited = "" if loaded else f" Loading it took {time.perf_counter() - begin:.1f} s."
-        engine, warnings = diffusers_engine.route(params, specs, images)
+        engine, warnings = diffusers_engine.route(params, specs)
         return engine, [f"Drawn by the diffusers engine, not the AOT engine: {reason}.{waited}", *warnings]
 
 @lru_cache

@@ -96,7 +96,7 @@ def _default_unsupported(model: ModelInfo, folder: Path) -> str:
 
     with safe_open(folder / "tables.safetensors", "np") as tables:  # an engine without code is enough here
         engine = SimpleNamespace(model=model, about=read_json(folder / ABOUT), tables=set(tables.keys()))
-    return unsupported_reason(engine, SamplingParams(model.side, model.side, model.steps, model.guidance), 1)
+    return unsupported_reason(engine, SamplingParams(model.side, model.side, model.steps, model.guidance))
 
 def _no_package(settings: Settings, reason: str) -> ModelError:
     "The error if SDWORKER_ENGINE requires an AOT package and none can be used."

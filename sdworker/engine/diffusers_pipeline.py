@@ -378,10 +378,10 @@ class DiffusersEngine:
         weights: Mapping[str, torch.Tensor] | None = None,  # on the device, to be shared; None: read from files
         quantization: "PipelineQuantizationConfig | None" = None,  # as from `quantize.quantization`; None: off
     ):
-        self.model, self.device, self.dtype, self.warnings = model, device, dtype, []  # for each answer
-        self.pipe = load_pipeline(model, device, dtype, weights, quantization)
+        self.model, self.device, self.dtype, self.max_batch = model, device, dtype, model.family.batch
+        self.pipe, self.warnings = load_pipeline(model, device, dtype, weights, quantization), []  # for each answer
 
-    def route(self, params, specs, images):
+    def route(self, params, specs):
         "Return this engine, and its warnings; raises `Unsuited` for a field that it would ignore."
         refuse_ignored(params, STAGED_FIELDS, specs)
         return self, self.warnings

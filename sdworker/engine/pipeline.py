@@ -241,7 +241,7 @@ class FamilyEngine(DiffusersEngine):
         if self.model.family.reads_pictures:
             vars(self.pipe)["processor"] = QwenVLProcessor(self.model.folder / "processor", self.pipe.tokenizer)
 
-    def route(self, params, specs, images):
+    def route(self, params, specs):
         "As of `Engine`; raises `Unsuited` for `refiner_start` without a refiner, and for a field that it would ignore."
         _refuse_unused(self, params, specs)
         return self, self.warnings + _unread(self.pipe, self.model.family, params, specs)

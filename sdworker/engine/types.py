@@ -297,6 +297,7 @@ class Engine(Protocol):
     model: ModelInfo  # what it draws with
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "float16" or "bfloat16"
+    max_batch: int  # images that one call takes at most
 
     def encode(self, specs: Sequence[ImageSpec],  # the images of one batch
                params: SamplingParams,  # of the batch
@@ -316,7 +317,6 @@ class Engine(Protocol):
 
     def route(self, params: SamplingParams,  # of the images
               specs: Sequence[ImageSpec],  # all images of a request
-              images: int,  # in one call of the model
               ) -> tuple["Engine", list[str]]:  # this engine or another; warnings of one sentence
         "Return the engine that draws such images, and warnings for the answer; raises `Unsuited`."
 
