@@ -12,8 +12,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from sdworker.core.timing import Timings
-from sdworker.engine.types import Drawn, ImageSpec, Picture, SamplingParams
+from sdworker.engine.types import ImageSpec, Picture, SamplingParams
 from sdworker.serve.image_io import from_data_uri
 
 WORKER = """
@@ -34,13 +33,13 @@ def pixels(answer: dict) -> list[np.ndarray]:
 
 def drawn_by(picture_of: Callable[[ImageSpec, SamplingParams], Image.Image]) -> AbstractContextManager:
     "Let a function make each picture in this process, in place of the engine's drawing."
-    def draw(engine, params, specs, max_batch, on_step, on_picture):
-        pictures = []
-        for spec in specs:
-            pictures.append(Picture(picture_of(spec, params), spec.prompt, spec.seed, 0.0))
-            on_picture(pictures[-1])
-        return Drawn(pictures, Timings())
-    return patch("sdworker.engine.generate.draw", draw)
+    def draw_batch(engine, shares):
+        for drawing, count in shares.items():
+            for spec in drawing.specs[len(drawing.pictures):][:count]:
+                picture = Picture(picture_of(spec, drawing.params), spec.prompt, spec.seed, 0.0)
+                drawing.pictures.append(picture)
+                drawing.on_picture(picture)
+    return patch("sdworker.engine.generate._draw_batch", draw_batch)
 
 
 def handled(model: Path | str, jobs: dict[str, dict], before: str = "", **environment: str) -> tuple[dict, str]:

@@ -177,13 +177,13 @@ def test_a_worker_with_the_aot_engine_alone_refuses_what_that_cannot_do(package)
 IMPORTED = """
 import json, sys
 import sdworker.start.timeline
-import sdworker.serve.handler
-respond = sdworker.serve.handler.respond
-def and_list(job):
-    answer = respond(job)
+import sdworker.serve.answer
+respond = sdworker.serve.answer.respond
+async def and_list(*arguments):
+    answer = await respond(*arguments)
     modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)]
     return answer | {"modules": modules}
-sdworker.serve.handler.respond = and_list
+sdworker.serve.answer.respond = and_list
 from sdworker.cli.main import app
 app(["start"])
 """

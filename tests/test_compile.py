@@ -61,7 +61,8 @@ def test_a_cache_draws_on_every_processor_of_its_kind(cache, other):
 
 COUNTED = """
 import sdworker.serve.handler, sdworker.start.load
-draw = sdworker.serve.handler._draw
+from sdworker.serve.batching import Batching
+turn = Batching._turn
 
 def counted(*arguments):
     import torch
@@ -72,10 +73,10 @@ def counted(*arguments):
         if module._compiled_call_impl:
             module._compiled_call_impl = count(module._compiled_call_impl)
     torch.compiler.set_stance("fail_on_recompile")  # nor may a call fall back on plain code
-    drawn = draw(*arguments)
+    drawn = turn(*arguments)
     print("calls of compiled code:", len(calls), flush=True)
     return drawn
-sdworker.serve.handler._draw = counted
+Batching._turn = counted
 sdworker.serve.handler.start()
 """
 

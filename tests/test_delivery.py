@@ -13,12 +13,11 @@ from unittest.mock import patch
 import httpx
 import numpy as np
 import pytest
+from handled import drawn_by
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from sdworker.core.settings import Settings, get_settings
-from sdworker.core.timing import Timings
-from sdworker.engine.types import Drawn, Picture
 from sdworker.operate import doctor
 from sdworker.operate.client import ClientError, job_of
 from sdworker.serve.delivery import Bucket, DeliveryError, Destination, bucket_of, deliver, open_bucket, upload
@@ -224,14 +223,10 @@ def test_a_job_uploads_by_the_sdks_variables(s3, monkeypatch):
 
 
 def test_eight_large_pictures_arrive_in_the_bucket(s3, monkeypatch):
-    def draw(engine, params, specs, max_batch, on_step, on_picture):
-        rng = np.random.default_rng(0)
-        pictures = [Picture(Image.fromarray(rng.integers(0, 255, (params.height, params.width, 3), np.uint8)),
-                            spec.prompt, spec.seed, 0.0) for spec in specs]
-        for picture in pictures:
-            on_picture(picture)
-        drawn.extend(pictures)
-        return Drawn(pictures, Timings())
+    def noise(spec, params):
+        noise = np.random.default_rng(spec.seed).integers(0, 255, (params.height, params.width, 3), np.uint8)
+        drawn.append(Image.fromarray(noise))
+        return drawn[-1]
 
     drawn, variables = [], {
         "BUCKET_ENDPOINT_URL": s3.endpoint, "BUCKET_ACCESS_KEY_ID": "writer", "BUCKET_SECRET_ACCESS_KEY": "hidden-key",
@@ -240,7 +235,7 @@ def test_eight_large_pictures_arrive_in_the_bucket(s3, monkeypatch):
         monkeypatch.setenv(name, value)
     get_settings.cache_clear()
     try:
-        with patch("sdworker.engine.generate.draw", draw):
+        with drawn_by(noise):
             answer = handler({"id": "many", "input": {
                 "prompt": "a star", "width": 1024, "height": 1024, "num_images": 8, "seed": 1, "image_format": "png",
                 "num_inference_steps": 1}})
@@ -250,7 +245,7 @@ def test_eight_large_pictures_arrive_in_the_bucket(s3, monkeypatch):
     files = [httpx.get(address, trust_env=False).content for address in answer["images"]]
     images = [Image.open(io.BytesIO(file)) for file in files]
     assert [(image.format, image.size) for image in images] == [("PNG", (1024, 1024))] * 8
-    assert all(np.array_equal(np.asarray(image), np.asarray(picture.image))
+    assert all(np.array_equal(np.asarray(image), np.asarray(picture))
                for image, picture in zip(images, drawn, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,7 +109,7 @@ def test_a_batch_that_did_not_fit_is_not_tried_again():
                              [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
                                             job("smaller", num_images=4, width=32, height=32)],
                              {"SDWORKER_LOAD": "lazy"})
-    sizes = [int(line.rpartition(" ")[2]) for line in worker_run.log.splitlines() if line.startswith("images at once")]
+    sizes = [int(images) for images in re.findall(r"images at once: (\d+)", worker_run.log)]
     assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job uses the batch size that the first has learned"
     warnings = {name: [text for text in worker_run.answers[name]["output"]["warnings"] if "do not fit" in text]
                 for name in worker_run.answers}
@@ -184,7 +185,7 @@ def test_no_job_makes_the_handler_raise(odd):
     json.dumps(handler(odd))
 
 
-@pytest.mark.parametrize("broken", ["sdworker.serve.handler.note", "sdworker.serve.monitor.gpu_state",
+@pytest.mark.parametrize("broken", ["sdworker.serve.answer.note", "sdworker.serve.monitor.gpu_state",
                                     "sdworker.serve.monitor._sum_up"])
 def test_neither_log_nor_monitor_keeps_an_answer_back(monkeypatch, broken):
     def fail(*args, **kwargs):

@@ -99,7 +99,8 @@ def test_exported_definitions_have_an_example(name):
     missing = []
     for at, text in enumerate(code):
         examples = "\n".join(after for after in code[at + 1:at + 3] if not EXPORTS.match(after))
-        defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        defined = [node.name for node in ast.parse(text).body
+                   if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
                    and not node.name.startswith("_")] if EXPORTS.match(text) else []
         missing += [definition for definition in defined if not re.search(rf"\b{definition}\b", examples)]
     assert not missing, f"no example follows {', '.join(missing)}"
@@ -143,7 +144,7 @@ def test_a_module_binds_a_name_once(path):
     """A notebook's example runs before a later cell binds its name again; whoever imports the module gets the later."""
     names = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.Assign):
             names += [target.id for target in node.targets if isinstance(target, ast.Name)]
@@ -177,7 +178,7 @@ def raised(body: list[ast.AST]) -> Iterator[str]:
 def methods(node: ast.ClassDef) -> dict[str, list[str]]:
     """The names of each method's parameters."""
     return {method.name: [argument.arg for argument in method.args.args]
-            for method in node.body if isinstance(method, ast.FunctionDef)}
+            for method in node.body if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def undocumented(path: Path, protocol: dict[str, list[str]]) -> Iterator[str]:
@@ -288,7 +289,7 @@ def test_contributing_names_what_exists():
     modules = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "sdworker").rglob("[!_]*.py"))
     names = [name for name in quoted if re.fullmatch(r"[A-Z]\w+|[a-z]+", name)]
     assert len(names) > 10 and not [
-        name for name in names if not re.search(rf"^(class |def )?{name}\b", modules, re.MULTILINE)]
+        name for name in names if not re.search(rf"^(class |(async )?def )?{name}\b", modules, re.MULTILINE)]
 
 
 def test_the_top_level_has_nothing_else():

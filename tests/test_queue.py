@@ -1,12 +1,14 @@
 """`.runpod/handler.py`, the production loop of the unmodified SDK, at a queue on 127.0.0.1."""
 
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdworker.embedded.shapes import judge
-from sdworker.lab.queue_server import run_workers
+from sdworker.lab.queue_server import Fault, run_workers
 from sdworker.serve.image_io import from_data_uri
 
 PROMPT = "a large red star on a blue background"
@@ -47,6 +49,111 @@ def test_previews_come_while_a_picture_is_drawn():
         assert message["seconds_left"] >= 1 and len(message["preview"]) < 64_000
         assert from_data_uri(message["preview"]).size == (32, 32)
     assert worker_run.answers["seen"]["output"]["warnings"] == [] and "plain" not in worker_run.progress
+
+
+def test_jobs_that_wait_are_drawn_together_and_come_out_as_alone():
+    alone = run_workers(HANDLER, [job("a"), job("b", seed=8), job("c", seed=9)])
+    together = run_workers(HANDLER, [job("a"), job("b", seed=8), job("c", seed=9)], {
+        "SDWORKER_CONCURRENCY": "3", "SDWORKER_LOAD": "lazy"})
+    for name in "abc":
+        one, other = (np.asarray(from_data_uri(worker_run.answers[name]["output"]["images"][0]), int)
+                      for worker_run in (alone, together))
+        assert abs(one - other).max() <= 2, "of 255"
+    timings = [together.answers[name]["output"]["timings"] for name in "abc"]
+    assert len({timing["denoise"] for timing in timings}) == 1, "one batch, whose time is that of each job"
+    for timing in timings:
+        of_batch = sum(timing[stage] for stage in ("text_encoder", "denoise", "decode"))
+        assert abs(timing["engine"] - of_batch / 3) < 0.001, "and a third of it is each job's share"
+
+
+ONE_THREAD = """
+import threading
+from unittest.mock import patch
+import sdworker.serve.handler
+from sdworker.engine.pipeline import FamilyEngine
+def only_there(name, original):
+    def call(*args, **kwargs):
+        assert threading.current_thread().name == "engine", name
+        print("in the engine's thread:", name, flush=True)
+        return original(*args, **kwargs)
+    return call
+for name in ("__init__", "encode", "denoise", "decode", "route", "text_chunks"):
+    setattr(FamilyEngine, name, only_there(name, getattr(FamilyEngine, name)))
+sdworker.serve.handler.start()
+"""
+
+
+def test_only_the_engines_thread_touches_the_engine():
+    jobs = [job(f"job-{k}", width=32 + 32 * (k % 2), previews=True) for k in range(6)] + [job("bad", width=100)]
+    worker_run = run_workers([sys.executable, "-c", ONE_THREAD], jobs, {"SDWORKER_CONCURRENCY": "4"})
+    assert all("output" in worker_run.answers[f"job-{k}"] for k in range(6)), worker_run.log
+    for name in ("__init__", "encode", "denoise", "decode", "route", "text_chunks"):
+        assert f"in the engine's thread: {name}" in worker_run.log
+
+
+def test_the_next_job_is_taken_before_the_answer_of_the_last_is_out():
+    """Without a pause of the SDK's, and without waiting for a slow result to be posted."""
+    slow = Fault("job-done", delay=3.0, first=1)
+    worker_run = run_workers(HANDLER, [job("first"), job("second")], {"SDWORKER_LOAD": "eager"}, faults=[slow])
+    assert worker_run.answered_at["second"] < worker_run.answered_at["first"]
+
+
+LONG = {"num_images": 8, "num_inference_steps": 100}
+
+
+def test_a_cancelled_job_ends_and_its_batch_mate_is_the_same_to_the_bit():
+    jobs = [job("mate", num_inference_steps=100), job("cancelled", seed=8, **LONG), job("next")]
+    environment = {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}
+    undisturbed, disturbed = (run_workers(HANDLER, jobs, environment, cancel=cancel) for cancel in (
+        None, {"cancelled": 0.5}))
+    one, other = (worker_run.answers["mate"]["output"]["images"] for worker_run in (undisturbed, disturbed))
+    assert one == other and "output" in disturbed.answers["next"]
+    assert "cancelled" not in disturbed.answers and "job cancelled stopped" in disturbed.log, disturbed.log
+
+
+def test_a_deadline_is_kept():
+    late = {"deadline": time.time() + 8.0, "num_images": 256, "num_inference_steps": 1000}  # minutes of work
+    worker_run = run_workers(HANDLER, [job("late", **late), job("over", deadline=1.0), job("next")],
+                             {"SDWORKER_MAX_IMAGES": "256", "SDWORKER_MAX_STEPS": "1000",
+                              "SDWORKER_MAX_MEGAPIXEL_STEPS": "1000000", "SDWORKER_LOAD": "eager"})
+    for name in ("late", "over"):
+        assert worker_run.answers[name]["output"]["code"] == "expired"
+        assert worker_run.answers[name]["error"].startswith("deadline has passed")
+    assert "output" in worker_run.answers["next"]
+
+
+def test_a_job_that_comes_twice_is_drawn_once_and_answered_twice():
+    twice = job("twice", num_inference_steps=100, num_images=4)
+    worker_run = run_workers(HANDLER, [twice, job("other")], {"SDWORKER_CONCURRENCY": "2"}, lease=1.0,
+                             faults=[Fault("ping", reset=True)])
+    assert worker_run.deliveries["twice"] > 1 and worker_run.answer_count["twice"] == worker_run.deliveries["twice"]
+    assert worker_run.log.count("job twice: 4 image(s)") == 1, worker_run.log
+
+
+@pytest.mark.parametrize("fault", [Fault("job-done", reset=True, first=2), Fault("job-done", status=503, first=5)])
+def test_a_result_is_posted_again_while_the_queue_does_not_take_it(fault):
+    worker_run = run_workers(HANDLER, [job("only")], faults=[fault])
+    assert "images" in worker_run.answers["only"]["output"] and worker_run.answer_count["only"] == 1
+    assert "Failed to return job results" not in worker_run.log
+
+
+STOPPED = """
+import os, signal, sdworker.serve.handler
+from sdworker.serve.batching import Batching
+turn = Batching._turn
+def signalled(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return turn(self)
+Batching._turn = signalled
+sdworker.serve.handler.start()
+"""
+
+
+def test_a_worker_that_is_told_to_end_finishes_what_it_has_and_takes_no_more():
+    worker_run = run_workers([sys.executable, "-c", STOPPED], [job("first"), job("second"), job("left")],
+                             {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}, stop=False)
+    assert "output" in worker_run.answers["first"] and set(worker_run.taken_at) == set(worker_run.answers)
+    assert "left" not in worker_run.taken_at and worker_run.code == 0, worker_run.log
 
 
 @pytest.mark.parametrize("way", ["background", "lazy", "eager"])

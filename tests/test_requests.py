@@ -28,11 +28,13 @@ from sdworker.embedded.tiny_models import with_refiner
 from sdworker.engine.build_pipeline import build_pipeline, defaults
 from sdworker.engine.diffusers_pipeline import denoise
 from sdworker.engine.generate import generate
+from sdworker.serve.answer import answer_job, failure
 from sdworker.serve.delivery import INLINE_BYTES
-from sdworker.serve.handler import _queue_options, failure, handler
+from sdworker.serve.handler import _queue_options, handler
 from sdworker.serve.image_input import RequestError, read_mask, read_picture
 from sdworker.serve.image_io import data_uri, from_data_uri
 from sdworker.serve.request import JobRequest, parse_request, request_schema
+from sdworker.serve.sdk import JobGate
 
 # The request of https://github.com/runpod-workers/worker-sdxl#example-request, unchanged.
 README_OF_WORKER_SDXL = json.loads("""{
@@ -148,8 +150,8 @@ def test_defects_7_and_8_the_refiner_goes_on_where_the_base_ended_and_shares_its
 
 def test_defect_10_an_answer_is_one_value_and_no_stream():
     """The SDK posts each value of a generator to the stream, whose chunks are smaller than a picture."""
-    assert not inspect.isgeneratorfunction(handler) and not inspect.isasyncgenfunction(_queue_options()["handler"])
-    assert not inspect.isgeneratorfunction(_queue_options()["handler"])
+    for handle in (_queue_options(JobGate(1))["handler"], answer_job):
+        assert inspect.iscoroutinefunction(handle) and not inspect.isasyncgenfunction(handle)
 
 
 @pytest.fixture

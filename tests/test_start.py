@@ -62,12 +62,12 @@ def count(event, args):
     if event == "open" and str(args[0]).endswith(".safetensors"):
         reads[args[0]] += 1
 sys.addaudithook(count)
-import sdworker.serve.handler
-answer = sdworker.serve.handler.respond
-def respond(job):
+import sdworker.serve.answer
+answer = sdworker.serve.answer.respond
+async def respond(*arguments):
     print("headers read:", sorted(reads.values()), flush=True)
-    return answer(job)
-sdworker.serve.handler.respond = respond
+    return await answer(*arguments)
+sdworker.serve.answer.respond = respond
 from sdworker.cli.main import app
 app(["start"])
 """
@@ -110,14 +110,15 @@ def unmounted(*args):  # after the files were checked, before they are read
     folder.rename(away)
     return place(*args)
 sdworker.start.load.place = unmounted
-handler = sdworker.serve.handler.handler
-def and_back(job):
-    result = handler(job)
-    if "error" in result:
+respond = sdworker.serve.answer.respond
+async def and_back(*arguments):
+    try:
+        return await respond(*arguments)
+    except Exception:
         away.rename(folder)
         sdworker.start.load.place = place
-    return result
-sdworker.serve.handler.handler = and_back
+        raise
+sdworker.serve.answer.respond = and_back
 sdworker.serve.handler.start()
 """
 
@@ -133,13 +134,14 @@ LATE = """
 import shutil, sys
 import sdworker.serve.handler
 come = sys.argv[1:]
-handler = sdworker.serve.handler.handler
-def mounted_after(job):
-    result = handler(job)
-    if "error" in result:
+respond = sdworker.serve.answer.respond
+async def mounted_after(*arguments):
+    try:
+        return await respond(*arguments)
+    except Exception:
         shutil.copytree(*come)
-    return result
-sdworker.serve.handler.handler = mounted_after
+        raise
+sdworker.serve.answer.respond = mounted_after
 sdworker.serve.handler.start()
 """
 

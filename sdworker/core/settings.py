@@ -104,7 +104,7 @@ class _Drawing(_Log):
 
 # %% ../../nbs/0_core/01_settings.ipynb #d1146cce
 class _Delivery(_Drawing):
-    "What happens to finished pictures, and how they reach their sender."
+    "What happens to finished pictures, how they reach their sender, and how many HTTP requests may wait."
     safety_checker: bool = Field(False, description=(
         "Let the safety checker that is baked with the model flag pictures: an answer then has `flagged`, a boolean "
         "for each; the pictures stay as they are"))
@@ -118,6 +118,8 @@ class _Delivery(_Drawing):
         "Address under which anyone may read the bucket; empty: answers have presigned addresses"))
     price: float = Field(0, ge=0, le=1000, description=(
         "Dollars that an hour of this worker costs, for the `cost` in an answer; 0: unknown"))
+    http_queue: int = Field(64, ge=1, le=10_000, description=(
+        "Requests to `sdworker http` that wait or are drawn; one more is answered with 429"))
 
 # %% ../../nbs/0_core/01_settings.ipynb #03117b67
 PROFILES = {  # profile -> its defaults; a variable that the user sets overrides them
@@ -144,6 +146,10 @@ class Settings(_Delivery):
         "Whose field names requests have, and which shape an answer; `auto`: recognized by the fields"))
     fetch: bool = Field(False, description="Fetch pictures that a request names by a public http or https address")
     max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
+    batch_window_ms: float = Field(20, ge=0, le=10_000, description=(
+        "Milliseconds to wait before a batch that is not full, while another job is being checked; 0: never wait"))
+    concurrency: int = Field(1, ge=1, le=256, description=(
+        "Jobs taken from the queue at once, besides those that are drawn already and on their way back"))
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
     max_megapixel_steps: float = Field(1000, ge=1, le=1_000_000, description=(

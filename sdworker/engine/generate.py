@@ -123,11 +123,14 @@ class Drawing:
         return bool(self.error) or len(self.pictures) == len(self.specs)
 
     def drawn(self) -> Drawn:
-        "Return the pictures, or raise the error with which the drawing ended."
+        "Return the pictures, or raise the error with which the drawing ended; to be called once."
         if self.error:
-            raise self.error
+            error, self.error = self.error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: a cycle would keep the call's tensors
         return Drawn(self.pictures, self.timings, list(dict.fromkeys(self.warnings)))
-
 
 # %% ../../nbs/2_engine/03_generate.ipynb #c1981314
 def _half(images: int) -> int:

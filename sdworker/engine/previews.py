@@ -51,7 +51,7 @@ def progress(
     def on_step(done: int, total: int, latents: torch.Tensor | None) -> None:
         nonlocal first, due
         now = time.monotonic()
-        if first is None:
+        if first is None or done <= first[1]:  # the first batch begins, or begins again since it did not fit
             first = now, done
             return
         seconds_left = (now - first[0]) / (done - first[1]) * (total - done)

@@ -292,15 +292,18 @@ def read_all(pipe):
 """
 # our worker, whose handler reads the weights instead of drawing
 READING = READ + """
+import asyncio
 import sdworker.start.timeline
+import sdworker.serve.answer
 import sdworker.serve.handler
+from sdworker.start.load import ENGINE_THREAD, initialize_model
 
-def respond(job):
-    read_all(sdworker.serve.handler.initialize_model().pipe)
+async def respond(job, *more):
+    await asyncio.wrap_future(ENGINE_THREAD.submit(lambda: read_all(initialize_model().pipe)))
     sdworker.start.timeline.LEDGER.lap("read the rest")
-    return {"images": [], "timings": {"cold_start": sdworker.start.timeline.LEDGER.close()}}
+    return {"images": [], "seeds": [], "timings": {"cold_start": sdworker.start.timeline.LEDGER.close()}}
 
-sdworker.serve.handler.respond = respond
+sdworker.serve.answer.respond = respond
 """
 # prefetching by a thread
 THREAD = """

@@ -36,7 +36,7 @@ def _picture_text(value: Any) -> str | None:
 # text, until `parse_request` decodes it
 PictureText = Annotated[Image.Image | None, PlainValidator(_picture_text), WithJsonSchema({"type": ["string", "null"]})]
 
-# %% ../../nbs/5_serve/03_request.ipynb #0b9ec5eb
+# %% ../../nbs/5_serve/03_request.ipynb #5224054c
 def _image_format(value: Any) -> Any:
     "A format in the spelling of this page: PNG, jpg, .jpg and image/png are known too."
     if not isinstance(value, str):
@@ -44,6 +44,7 @@ def _image_format(value: Any) -> Any:
     plain = value.strip().lower().removeprefix("image/").removeprefix(".")
     return {"jpg": "jpeg"}.get(plain, plain)
 
+# %% ../../nbs/5_serve/03_request.ipynb #0b9ec5eb
 def _aspect_ratio(value: Any) -> Any:
     "An aspect ratio such as 16:9, checked."
     if not isinstance(value, str):
@@ -68,7 +69,8 @@ class JobRequest(Request):
     image_quality: Quality | None = None  # of jpeg and webp; None: 90
     metadata: bool | None = None  # whether prompt, seed and settings are written into the pictures' files; None: no
     delivery: Delivery | None = None  # inline: in the answer; upload: in a bucket; None: auto, by their size
-    previews: bool | None = None  # whether steps and small pictures are sent to the queue during drawing; None: no
+    previews: bool | None = None  # whether small pictures are sent with the steps during drawing; None: no
+    deadline: Annotated[float | None, Field(ge=0, le=1e11)] = None  # seconds since 1970; later, the job is of no use
     _warnings: list[str] = PrivateAttr(default_factory=list)  # of pictures that were read
 
     @property
