@@ -44,7 +44,7 @@ def violated_invariant(outcome: Outcome) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (2, 1.2), (4, 2.8), (8, 6.0)])
 def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
-    endpoint = Endpoint(workers, workers, poll_seconds=0)
+    endpoint = Endpoint(workers, workers)
     waits = [simulate(endpoint, poisson(86400, seconds, days=5, seed=seed)).wait.mean() for seed in range(4)]
     assert abs(sum(waits) / 4 / erlang_wait(workers, 1, seconds) - 1) < 0.02
 
@@ -53,7 +53,7 @@ def test_the_mean_wait_is_erlangs_within_two_percent(workers, seconds):
 @pytest.mark.parametrize("an_hour", [6, 60, 600])
 def test_one_worker_that_comes_and_goes_is_as_computed(an_hour, idle):
     """From one idle moment to the next: requests served, and time without a worker; random arrivals."""
-    endpoint, rate, seconds = Endpoint(0, 1, idle, poll_seconds=0, cold=20, spread=0), an_hour / 3600, 4.0
+    endpoint, rate, seconds = Endpoint(0, 1, idle, cold=20, spread=0), an_hour / 3600, 4.0
     load = poisson(24 * an_hour, seconds, days=10_000 / 24 / an_hour, seed=1)
     outcome = simulate(endpoint, Load(load.arrivals, np.full(len(load.arrivals), seconds), load.images))
     no_arrival = math.exp(-rate * idle)  # the share of gaps that are longer than the idle timeout

@@ -196,6 +196,8 @@ def plan(
     delay: Annotated[float, typer.Option(help="Seconds in the queue after which a worker is started.")] = 4,
     count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker; replaces --delay.")] = None,
     discount: Annotated[float, typer.Option(min=0, max=1, help="On the price of always-on workers; 0.2: 20 %.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests that a worker draws in one call.")] = 1,
+    further: Annotated[float, typer.Option(min=0, max=1, help="Share of its time that each further one takes.")] = 1,
     gpu: Annotated[str, typer.Option(help="For price and seconds of an image; such as A4000, 4090.")] = "4090",
     values: Annotated[Literal["none", "default"], typer.Option("--grid", help="Simulate 60 settings too.")] = "none",
     goal: Annotated[str, typer.Option(help="Limit, such as 'p95<30s' (of the wait) or 'latency p99<60s'.")] = "",
@@ -214,12 +216,10 @@ def plan(
 
     with plain_errors(planner.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
         base = planner.Endpoint(min_workers, max_workers, idle, delay, count, cold, flashboot=flashboot,
-                                price=planner.price_of(gpu), discount=discount)
+            price=planner.price_of(gpu), discount=discount, concurrency=concurrency, further=further)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
         study = planner.study(base, load, goal, planner.DEFAULT_GRID if values == "default" else None, on_step)
-    if plot:
-        planner.plot(study, plot)
-    _show_plan(study | {"estimate": estimate}, as_json)
+    _show_plan(study | {"estimate": estimate}, as_json, plot)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
 def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **swing_and_burst) -> tuple:
@@ -234,11 +234,15 @@ def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **s
     return planner.poisson(a_day, (low + high) / 2, **swing_and_burst), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../../nbs/9_cli/01_reports.ipynb #ec0c8a85
-def _show_plan(study: dict, as_json: bool) -> None:
-    "Print a study as a table, or as JSON."
+def _show_plan(study: dict, as_json: bool, plot: Path | None) -> None:
+    "Print a study as a table, or as JSON, and draw it."
     from rich.console import Console
     from rich.table import Table
 
+    if plot:
+        from sdworker.operate import plan as planner
+
+        planner.plot(study, plot)
     if as_json:
         return typer.echo(json.dumps(study))
     names = {"min": "min", "max": "max", "idle": "idle s", "wait_p50": "wait p50", "wait_p95": "p95",
@@ -270,6 +274,7 @@ def deploy(
     name: Annotated[str, typer.Option(help="Name of the endpoint and its template.")] = "sdworker",
     image: Annotated[str, typer.Option(help="Image that RunPod can pull, such as docker.io/you/sdworker:1.")] = "",
     preset: Annotated[str, typer.Option(help="A preset of hub.json, such as 'SDXL, low memory'.")] = "",
+    kind: Annotated[Literal["queue", "load-balancer"], typer.Option("--type", help="How requests come.")] = "queue",
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, overrides hub.json; may be repeated.")] = None,
     hub: Annotated[Path, typer.Option(help="File with the settings to deploy.")] = Path("hub.json"),
     min_workers: Annotated[int | None, typer.Option("--min", help="Workers that are always on.")] = None,
@@ -290,12 +295,15 @@ def deploy(
 
         sdworker deploy --image docker.io/you/sdworker:1 --min 0 --idle 60
 
+        sdworker deploy --name images --image docker.io/you/sdworker:1 --type load-balancer
+
         sdworker deploy --status
 
         sdworker deploy --delete --yes
     """
     scaling = {"minWorkers": min_workers, "maxWorkers": max_workers, "idleTimeout": idle, "flashboot": flashboot}
-    options = {"name": name, "image": image, "preset": preset, "env": env or [], "scaling": scaling}
+    options = {"name": name, "image": image, "preset": preset, "env": env or [], "scaling": scaling,
+               "balanced": kind == "load-balancer"}
     _deploy(options, hub, (dry_run, status, delete), yes, as_json)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #d3be6f21
@@ -339,7 +347,7 @@ def _plan_and_apply(deployment, http, options: dict, hub: Path, dry_run: bool, y
         raise deployment.DeployError("--image is missing: the name of an image that RunPod can pull, such as "
                                      "docker.io/you/sdworker:1; `docker build` and `docker push` bring it there.")
     spec = deployment.build_spec(_read(hub, deployment.DeployError), options["name"], image, options["preset"],
-                                 {key: value for key, _, value in pairs}, **options["scaling"])
+                                 {key: value for key, _, value in pairs}, options["balanced"], **options["scaling"])
     todo = deployment.plan_steps(http, spec)
     report = deployment.record(todo, spec)
     if not as_json:

@@ -146,7 +146,8 @@ class Endpoint:
     spread: float = 0.3  # sigma of the logarithm of those seconds
     flashboot: float = 0.0  # 0..1: share of starts that FlashBoot shortens; an assumption
     flashboot_seconds: float = 2.0  # of a start that FlashBoot shortens
-    poll_seconds: float = 1.0  # between the SDK's polls, with one job at a time
+    concurrency: int = 1  # requests that a worker takes at once and draws in one call (SDWORKER_CONCURRENCY)
+    further: float = 1.0  # 0..1: share of its own seconds that a further request takes in a call; 1: nothing is gained
     price: float = PRICES["4090"]  # USD a second
     discount: float = 0.0  # 0..1, of always-on workers
 
@@ -156,15 +157,15 @@ class Endpoint:
                             "more, and min from 0 to max.")
         if not 0 <= self.flashboot <= 1 or self.idle < 0 or self.cold < 0:
             raise PlanError("flashboot should be from 0 to 1, idle and cold not below 0.")
+        if not 0 <= self.further <= 1 or self.concurrency < 1:
+            raise PlanError("further should be from 0 to 1, concurrency 1 or more.")
 
-    def pause(
+    def together(
         self,
-        seconds: float,  # busy time of the request
-    ) -> float:  # seconds
-        "Return the time after a request until its worker polls for the next."
-        # the SDK's sleep begins with the job: after a short job the rest of this sleep remains,
-        # after a longer job the SDK sleeps once more, for the whole time
-        return self.poll_seconds if seconds >= self.poll_seconds else self.poll_seconds - seconds
+        seconds: np.ndarray,  # (n,) of requests that are drawn in one call, each alone
+    ) -> float:  # seconds until all of them are done
+        "Return the time of requests in one call: the longest one, and a share of each further one."
+        return float(seconds.max() + self.further * (seconds.sum() - seconds.max()))
 
 # %% ../../nbs/6_operate/03_plan.ipynb #900dbc37
 @dataclass
@@ -182,8 +183,9 @@ class _Run:
         self.endpoint, self.load, self.random = endpoint, load, random.Random(seed)
         self.env, self.queue = simpy.Environment(), deque()
         self.idle_workers = deque()  # an event for each, which wakes it
-        self.start, self.cold = np.full(len(load.arrivals), math.nan), np.zeros(len(load.arrivals), bool)
-        self.workers, self.up, self.busy_workers = [], 0, 0  # up: workers that have not ended
+        self.start, self.end = np.full((2, len(load.arrivals)), math.nan)
+        self.cold = np.zeros(len(load.arrivals), bool)
+        self.workers, self.up, self.in_progress = [], 0, 0  # up: workers that have not ended
         for _ in range(endpoint.min_workers):
             self.launch(active=True)
         self.env.process(self.arrive())
@@ -204,23 +206,23 @@ class _Run:
 # %% ../../nbs/6_operate/03_plan.ipynb #dc14120d
 def _work(self: _Run, worker: Worker) -> Iterator[simpy.Event]:
     "The process of one worker; a flex worker's first request counts as cold if it came before the worker was ready."
-    env, queue, seconds, pause = self.env, self.queue, self.load.seconds, 0.0
+    env, queue = self.env, self.queue
     yield env.timeout(worker.boot)
     ready, first = env.now, not worker.active
     while True:
         while queue:
-            job = queue.popleft()
-            self.start[job] = env.now
-            self.cold[job] = first and self.load.arrivals[job] < ready
+            jobs = [queue.popleft() for _ in range(min(len(queue), self.endpoint.concurrency))]
+            seconds = self.endpoint.together(self.load.seconds[jobs])
+            self.start[jobs], self.end[jobs] = env.now, env.now + seconds
+            self.cold[jobs] = first & (self.load.arrivals[jobs] < ready)
             first = False
-            self.busy_workers += 1
-            yield env.timeout(seconds[job])
-            self.busy_workers -= 1
-            worker.busy += seconds[job]
-            yield env.timeout(pause := self.endpoint.pause(seconds[job]))
+            self.in_progress += len(jobs)
+            yield env.timeout(seconds)
+            self.in_progress -= len(jobs)
+            worker.busy += seconds
         self.idle_workers.append(wake := env.event())
         if not worker.active:
-            self.end_after(max(self.endpoint.idle - pause, 0.0), wake)  # the pause counts as idle time
+            self.end_after(self.endpoint.idle, wake)
         if (yield wake):  # True: the idle timeout is over; False: there is a request
             break
     with suppress(ValueError):  # a request that arrived at this moment may have removed it already
@@ -247,7 +249,7 @@ def _scale(self: _Run, job: int) -> None:
     "Start workers for a request that found no idle worker."
     endpoint = self.endpoint
     if endpoint.count:  # one worker for each `count` requests, rounded up
-        target = math.ceil((len(self.queue) + self.busy_workers) / endpoint.count)
+        target = math.ceil((len(self.queue) + self.in_progress) / endpoint.count)
         for _ in range(min(endpoint.max_workers, target) - self.up):
             self.launch()
     elif not self.up:
@@ -277,6 +279,7 @@ class Outcome:
     endpoint: Endpoint  # that was simulated
     load: Load  # that it processed
     start: np.ndarray  # (n,) when a worker took each request, seconds since the first request
+    end: np.ndarray  # (n,) when each request was done
     cold: np.ndarray  # (n,) bool: whether each request waited for its worker's start
     workers: list[Worker]  # in the order of their starts
 
@@ -288,7 +291,7 @@ class Outcome:
     @property
     def latency(self) -> np.ndarray:  # (n,) seconds
         "Return the time of each request from arrival to answer."
-        return self.wait + self.load.seconds
+        return self.end - self.load.arrivals
 
     @property
     def cost(self) -> float:  # USD
@@ -304,7 +307,7 @@ def simulate(
 ) -> Outcome:  # after the last request and the last idle timeout
     "Simulate an endpoint with a load."
     run = _Run(endpoint, load, seed)
-    return Outcome(endpoint, load, run.start, run.cold, run.workers)
+    return Outcome(endpoint, load, run.start, run.end, run.cold, run.workers)
 
 # %% ../../nbs/6_operate/03_plan.ipynb #76305ca4
 def workers_over_time(
