@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+NEXT_SDK := runpod==2.0.0rc2 cloudpickle pathspec  # RunPod's SDK to come, with what it needs besides
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -27,6 +28,8 @@ test: venv lint  ## the notebooks and tests that a change needs (about twenty mi
 
 test-slow: venv aot  ## the others: compilers, families in detail, quality gates, the site
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'slow and not image'
+	$(PY) -m pip install --quiet --upgrade --target out/next-sdk --no-deps $(NEXT_SDK)
+	PYTHONPATH=out/next-sdk OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_queue.py
 
 test-all: test test-slow  ## every notebook and every test but the image's
 

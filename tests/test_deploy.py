@@ -90,9 +90,11 @@ class Account:
         base = "https://api.runpod.ai/v2/x"
         urls = {name: f"{base}/{name}" for name in ("run", "runSync", "status", "stream", "cancel", "retry",
                                                     "purgeQueue", "health")}
+        if body["type"] == "LOAD_BALANCER":
+            urls = {name: f"https://x.api.runpod.ai/{name}" for name in ("base", "health")}
         body = {name: value for name, value in body.items() if name != "templateId"}
         filled = {"requestUrls": urls, "dataCenterIds": [], "networkVolumes": [], "createdAt": "2026-06-01T12:00:00Z"}
-        taken = {name: template[name] for name in ("image", "disk", "env")}
+        taken = {name: template[name] for name in ("image", "disk", "env", "args", "ports")}
         return container | taken | filled | body | {
             "name": f"{body['name']} -fb", "gpu": {"minCudaVersion": None, "excludedTypes": []} | body["gpu"]}
 
@@ -196,6 +198,17 @@ def test_every_preset_is_a_valid_payload(preset):
     spec = deploy.build_spec(hub_json(), preset=preset, image="you/sdworker:1")
     for step in deploy.plan_steps(None, spec):
         assert Description().wrong_request("POST", f"/v2{step.path}", step.body) == []
+
+
+def test_an_endpoint_with_a_load_balancer(account):
+    balanced = ("--type", "load-balancer", "--env", "PORT=5000")
+    assert deployed(account, *balanced) == ["create", "create"]
+    made = next(iter(account.things["serverless"].values()))
+    assert (made["type"], made["args"], made["ports"]) == ("LOAD_BALANCER", "sdworker http", ["5000/http"])
+    assert made["scaling"] == {"type": "REQUEST_COUNT", "requestCount": 4} and made["env"]["PORT_HEALTH"] == "5000"
+    assert deployed(account, *balanced) == ["keep", "keep"]
+    other = run(account, "--image", "docker.io/you/sdworker:1", "--yes")
+    assert other.exit_code == 1 and "exists and has no queue; that cannot be changed" in other.stderr
 
 
 def test_the_server_would_notice(account):

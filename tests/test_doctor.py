@@ -47,7 +47,7 @@ def call(plant: str, folder: Path, **variables: str) -> tuple[int, dict[str, dic
 def test_a_healthy_machine_without_a_gpu_has_warnings_and_no_failures(tmp_path):
     code, findings = call("", tmp_path)
     states = [one["state"] for one in findings.values()]
-    assert code == 0 and "fail" not in states and "warn" in states and len(findings) == 18
+    assert code == 0 and "fail" not in states and "warn" in states and len(findings) == 19
     assert all(one["remedy"] for one in findings.values() if one["state"] != "pass")
 
 
@@ -79,6 +79,9 @@ FAULTS = {
     "a load that begins with the first job": ("start", "warn", "waits for the whole load", "",
                                               {"SDWORKER_LOAD": "lazy"}),
     "an AOT package that is not there": ("aot", "fail", "there is none", "", {"SDWORKER_ENGINE": "aot"}),
+    "a port that is none": ("port", "fail", "PORT is 'http'", "", {"PORT": "http"}),
+    "a health route that nobody asks": ("port", "warn", "PORT_HEALTH is not set", "",
+                                        {"PORT": "5000", "RUNPOD_POD_ID": "p1"}),
     "half a queue": ("queue", "fail", "RUNPOD_WEBHOOK_POST_OUTPUT is not set", "",
                      {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/take"}),
     "half a bucket": ("bucket", "fail", "BUCKET_ACCESS_KEY_ID is not set", "",

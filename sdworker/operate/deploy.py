@@ -15,9 +15,11 @@ from typing import Any
 
 import httpx
 
+from ..core.settings import SettingsError
 from .client import ClientError, key_header, send
 from .hub import POOLS, Scaling, mistakes, pools_of, refused
 from .plan import PRICES
+from ..serve.http_server import listening_address
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #5c42f43e
 class DeployError(RuntimeError):
@@ -37,6 +39,8 @@ class EndpointSpec:
     scaling: Scaling  # when workers start and stop
     queue_delay: float = 4  # seconds in the queue after which one more worker is started
     seconds: int = 600  # maximum time of a job
+    balanced: bool = False  # whether requests go through a load balancer, without a queue
+    requests: int = 4  # in flight for each worker; with more, a load balancer's endpoint starts another
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #171ab373
 def build_spec(
@@ -45,6 +49,7 @@ def build_spec(
     image: str = "",  # empty: `sdworker:VERSION`, without a registry
     preset: str = "",  # a name among hub.json's presets; empty: none
     env: Mapping[str, str] | None = None,  # overrides the preset and hub.json
+    balanced: bool = False,  # True: an endpoint with a load balancer, whose workers run `sdworker http`
     **scaling: Any,  # fields of `hub.Scaling` that override hub.json's; None: do not override
 ) -> EndpointSpec:  # checked against the settings
     "Build a specification from a `hub.json` and options; raises `DeployError` for a mistake."
@@ -54,12 +59,13 @@ def build_spec(
     for mistake in mistakes(hub):  # the first one, if there is any
         raise DeployError(mistake)
     config, values = hub["config"], _values(hub["config"], preset) | dict(env or {})
+    values = _with_ports(values) if balanced else values
     for mistake in refused("the endpoint's variables", values):
         raise DeployError(mistake)
     excluded = [one.strip()[1:] for one in config["gpuIds"].split(",") if one.strip().startswith("-")]
     return EndpointSpec(name, image or f"sdworker:{version('sdworker')}", config["containerDiskInGb"], values,
                         pools_of(hub), excluded, config["gpuCount"], config["allowedCudaVersions"],
-                        Scaling.model_validate(hub))
+                        Scaling.model_validate(hub), balanced=balanced)
 
 def _values(config: dict[str, Any], preset: str) -> dict[str, str]:
     "The variables, as text; those without a value are left out."
@@ -79,8 +85,10 @@ def template(
     spec: EndpointSpec,  # whose image, disk and variables count
 ) -> dict[str, Any]:  # JSON object
     "Make the API's body for a template."
+    ports = dict.fromkeys(spec.env[name] for name in ("PORT", "PORT_HEALTH")) if spec.balanced else {}
+    server = {"args": "sdworker http", "ports": [f"{port}/http" for port in ports]} if spec.balanced else {}
     return {"name": spec.name, "image": spec.image, "disk": spec.disk, "env": spec.env, "serverless": True,
-            "allowedCudaVersions": spec.cuda, "startSsh": False, "startJupyter": False}
+            "allowedCudaVersions": spec.cuda, "startSsh": False, "startJupyter": False} | server
 
 def endpoint(
     spec: EndpointSpec,  # whose GPUs and scaling count
@@ -89,10 +97,23 @@ def endpoint(
     scaling = spec.scaling
     gpu = {"pools": spec.pools, "count": spec.gpus, "allowedCudaVersions": spec.cuda}
     gpu |= {"excludedTypes": spec.excluded} if spec.excluded else {}
-    return {"name": spec.name, "type": "QUEUE", "gpu": gpu,
+    when = ({"type": "REQUEST_COUNT", "requestCount": spec.requests} if spec.balanced else
+            {"type": "QUEUE_DELAY", "queueDelay": spec.queue_delay})
+    return {"name": spec.name, "type": "LOAD_BALANCER" if spec.balanced else "QUEUE", "gpu": gpu,
             "workers": {"min": scaling.minWorkers, "max": scaling.maxWorkers, "idleTimeout": scaling.idleTimeout},
-            "scaling": {"type": "QUEUE_DELAY", "queueDelay": spec.queue_delay},
+            "scaling": when,
             "flashboot": "FLASHBOOT" if scaling.flashboot else "OFF", "timeout": 1000 * spec.seconds}  # ms
+
+# %% ../../nbs/6_operate/04_deploy.ipynb #171ab374
+def _with_ports(values: dict[str, str]) -> dict[str, str]:
+    "Name the ports, so that the load balancer and the worker have the same; raises `DeployError`."
+    values = {"PORT": "80", "HEALTH_CHECK_PATH": "/ping"} | values
+    values |= {"PORT_HEALTH": values.get("PORT_HEALTH", values["PORT"])}
+    try:
+        listening_address(None, None, values)
+    except SettingsError as error:
+        raise DeployError(str(error)) from None
+    return values
 
 # %% ../../nbs/6_operate/04_deploy.ipynb #d390e954
 def _all(http: httpx.Client, path: str) -> list[dict[str, Any]]:
@@ -155,7 +176,7 @@ class Step:
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # of an update, as from `differences`
     id: str = ""  # of the existing template or endpoint; empty: there is none
 
-CONTAINER = ("image", "disk", "env")  # entries that an endpoint copies from its template when it is created
+CONTAINER = ("image", "disk", "env", "args", "ports")  # that an endpoint copies from its template when it is created
 NEW = "(the new template's id)"
 
 def plan_steps(
@@ -172,10 +193,12 @@ def plan_steps(
             plan.append(Step(what, "create", path, body))
             continue
         if what == "endpoint":  # its copies of the template's entries are compared too
-            body |= {name: template(spec)[name] for name in CONTAINER}
+            body |= {name: value for name, value in template(spec).items() if name in CONTAINER}
         changed = change(existing, body)
         if "type" in changed:
-            raise DeployError(f"{spec.name} exists and is no queue; that cannot be changed, so choose another name.")
+            missing = "load balancer" if spec.balanced else "queue"
+            raise DeployError(f"{spec.name} exists and has no {missing}; that cannot be changed, so choose another "
+                              "name.")
         plan.append(Step(what, "update" if changed else "keep", f"{path}/{existing['id']}", changed,
                          differences(existing, body), existing["id"]))
     return plan

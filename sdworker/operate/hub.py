@@ -86,6 +86,7 @@ class Scaling(BaseModel):
 NO_INPUT = {
     "baked": "a folder of the image", "volume": "where RunPod mounts it", "aot_dir": "a folder of the image",
     "quantize": "the image has neither torchao nor bitsandbytes",
+    "http_queue": "the form makes an endpoint with a queue, and this is for one with a load balancer",
     "bucket_secret_access_key": "a visible input is no place for it; RunPod has secrets for that",
     "engine": "the image has an AOT package only if it is built with AOT, for a GPU on a base with CUDA's toolkit",
     "compile": "the image has a compiler only if it is built with COMPILE_CACHE; "
