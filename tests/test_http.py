@@ -62,8 +62,8 @@ class Worker:
         return self.http.post(path, json={"prompt": PROMPT} | fields)
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"(?m)^sdworker_{re.escape(name)} (\S+)$", self.http.get("/metrics").text)
-        return float(found[1]) if found else 0.0
+        match = re.search(rf"(?m)^sdworker_{re.escape(name)} (\S+)$", self.http.get("/metrics").text)
+        return float(match[1]) if match else 0.0
 
     def openai(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -70,14 +70,10 @@ class _Requests(JobQueue):
 class Queue(_Requests):
     "The web application that gives out jobs and takes answers, with RunPod's limits and, if wanted, with faults."
     def __init__(self, jobs: Sequence[dict],  # each with "id" and "input"
-                 arrivals: Sequence[float] = (),  # seconds after all workers have requested a job; empty: at once
-                 workers: int = 1,  # so many must have requested a job before the first job is given out
-                 lease: float | None = None,  # seconds until a job that no heartbeat names waits again; None: never
-                 cancel: Mapping[str, float] | None = None,  # by job id: seconds after a worker took it
-                 cancel_at: Mapping[str, float] | None = None,  # by job id: seconds like arrivals
                  faults: Sequence[Fault] = (),  # of several that apply to a request, the first
-                 hold: float = 0.2):  # seconds that a request for jobs, or for stop signals, waits for some
-        super().__init__(jobs, arrivals, workers, lease, cancel, cancel_at)
+                 hold: float = 0.2,  # seconds that a request for jobs, or for stop signals, waits for some
+                 **options: Any):  # of `JobQueue`
+        super().__init__(jobs, **options)
         self.faults, self.fault_counts, self.hold = faults, [0] * len(faults), hold
         self.interrupted = False  # by Ctrl-C or a time limit: the workers have to be stopped
         self.app = web.Application(middlewares=[self._with_faults], client_max_size=0)  # 0: bodies of any size
@@ -232,7 +228,8 @@ def run_workers(
     """
     if kill and lease is None:
         raise ValueError("kill needs a lease: without one, nobody gets the jobs of a killed worker")
-    queue = Queue(jobs, arrivals, workers, lease, cancel, cancel_at, faults, hold)
+    queue = Queue(jobs, faults, hold, arrivals=arrivals, workers=workers, lease=lease, cancel=cancel,
+                  cancel_at=cancel_at)
     prepare = partial(_Workers, command, environment or {}, kill, queue)
     with ThreadPoolExecutor(1) as pool:  # Jupyter's own thread has an event loop already
         try:

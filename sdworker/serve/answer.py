@@ -82,7 +82,7 @@ def accept(
 def _encode(picture: Picture, accepted: Accepted, **output: Any) -> bytes:
     "Encode a picture, with what it was drawn from if the request wants that."
     request, model = accepted.request, accepted.model
-    loras = dict.fromkeys(model.loras, get_settings().lora_scale) if picture.loras is None else picture.loras
+    loras = dict.fromkeys(model.loras, accepted.settings.lora_scale) if picture.loras is None else picture.loras
     listed = ", ".join(f"{name}: {weight:g}" for name, weight in loras.items())  # quoted, since it has commas
     text = description(
         picture.prompt, request.negative_prompt or "", steps=request.steps or model.steps, sampler=request.sampler,
