@@ -3,10 +3,11 @@ PYTHON ?= python3
 PY := .venv/bin/python
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 NEXT_SDK := runpod==2.0.0rc2 cloudpickle pathspec  # RunPod's SDK to come, with what it needs besides
+QUEUE_TESTS := $(patsubst %,tests/test_%.py,queue start failures load chaos)
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-slow test-all lint lock lock-test hub aot in-step image-test embedded notebooks hooks docs system-deps clean
+.PHONY: help venv demo test test-slow test-all lint lock lock-test hub aot soak in-step image-test embedded notebooks hooks docs system-deps clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +30,8 @@ test: venv lint  ## the notebooks and tests that a change needs (about twenty mi
 test-slow: venv aot  ## the others: compilers, families in detail, quality gates, the site
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'slow and not image'
 	$(PY) -m pip install --quiet --upgrade --target out/next-sdk --no-deps $(NEXT_SDK)
-	PYTHONPATH=out/next-sdk OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_queue.py
+	PYTHONPATH=out/next-sdk $(PY) -c 'import runpod; assert runpod.__version__.startswith("2."), runpod.__file__'
+	PYTHONPATH=out/next-sdk OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(QUEUE_TESTS)
 
 test-all: test test-slow  ## every notebook and every test but the image's
 
@@ -50,6 +52,9 @@ lock-test: venv  ## install exactly that lock, some 5 GB, and see that the worke
 
 hub: venv  ## renew hub.json and .runpod/tests.json, after a change of the settings
 	$(PY) -m sdworker.operate.hub
+
+soak: venv  ## two workers, mixed jobs and faults for half an hour; renews results/soak.json
+	$(PY) -m sdworker.lab.soak
 
 embedded: venv  ## retrain the embedded model from nothing (about 75 minutes on two cores)
 	$(PY) -m sdworker.embedded.training
