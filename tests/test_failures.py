@@ -18,6 +18,7 @@ from sdworker.serve.handler import handler
 
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 LOST = "the GPU takes no more work from this process"
+ENGINE = "sdworker.engine.pipeline.FamilyEngine"
 
 # What follows is put before a worker's start, and breaks its engine, or the reading of weights, whose errors diffusers
 # wraps in one of its own.
@@ -76,6 +77,87 @@ def test_a_lost_gpu_ends_the_worker_and_no_further_job_is_taken(stage, error):
     assert worker_run.answers["lost"]["stopPod"], "the answer asks the platform to end this worker"
     assert set(worker_run.taken_at) == {"drawn", "lost"}, "the others are left for another worker"
     assert worker_run.code, "the process ends by itself, and not as if all were well"
+
+
+def test_a_lost_gpu_is_the_answer_of_all_jobs_in_flight():
+    environment = {"SDWORKER_LOAD": "eager", "SDWORKER_CONCURRENCY": "4"}
+    jobs = [job("drawn"), *(job(f"lost-{k}", width=32 * k) for k in (1, 2, 3, 4)), job("left")]
+    worker_run = run_workers(worker(f"fail({ENGINE}, 'decode', illegal, first=2)"), jobs, environment, stop=False,
+                             arrivals=[0, 2, 2, 2, 2, 4])
+    assert "images" in worker_run.answers["drawn"]["output"], worker_run.log
+    for k in (1, 2, 3, 4):
+        assert worker_run.answers[f"lost-{k}"]["error"].startswith(LOST) and worker_run.answers[f"lost-{k}"]["stopPod"]
+    assert "left" not in worker_run.taken_at and worker_run.code == 1
+    assert set(worker_run.answer_count.values()) == {1}
+
+
+HANGING = """
+import atexit, threading
+never = threading.Event()
+atexit.register(never.wait)  # as a driver that waits for its kernels
+denoise, calls = sdworker.engine.pipeline.FamilyEngine.denoise, []
+def denoise_or_hang(self, encoded, specs, params, on_step):
+    calls.append(specs)
+    if len(calls) <= 2:  # the warm-up, and the first job
+        return denoise(self, encoded, specs, params, on_step)
+    on_step(1, params.steps, None)
+    never.wait()
+sdworker.engine.pipeline.FamilyEngine.denoise = denoise_or_hang
+"""
+
+
+def test_a_step_that_hangs_is_the_answer_of_all_jobs_in_flight_and_the_workers_end():
+    environment = {"SDWORKER_LOAD": "eager", "SDWORKER_CONCURRENCY": "2", "SDWORKER_STEP_TIMEOUT": "8"}
+    worker_run = run_workers(worker(HANGING), [job("drawn"), job("hung"), job("waiting", width=32), job("left")],
+                             environment, 60, stop=False, arrivals=[0, 2, 2, 2])
+    assert "images" in worker_run.answers["drawn"]["output"], worker_run.log
+    for name in ("hung", "waiting"):
+        assert worker_run.answers[name]["error"].startswith("a step took more than 8 s, so this worker ends")
+        assert worker_run.answers[name]["stopPod"] and worker_run.answer_count[name] == 1
+    assert "left" not in worker_run.taken_at and worker_run.code == 1, "it does not wait for the driver"
+
+
+FULL_DISK = """
+import os, sys
+def refuse(event, arguments):
+    writes = event in ("os.mkdir", "tempfile.mkstemp", "tempfile.mkdtemp") or (
+        event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    if writes and not str(arguments[0]).startswith("/dev/"):
+        raise OSError(28, "No space left on device", str(arguments[0]))
+sys.addaudithook(refuse)
+"""
+
+
+def test_a_full_disk_costs_no_answer():
+    """A job needs no file: pictures are encoded in memory, and the answer takes them, or a bucket."""
+    worker_run = run_workers(worker(FULL_DISK), [job("drawn", num_images=2), job("bad", width=100),
+                                                 job("next")])
+    assert all("images" in worker_run.answers[name]["output"] for name in ("drawn", "next")), worker_run.log
+    assert worker_run.answers["bad"]["output"]["code"] == "invalid_request"
+
+
+CLOCK = """
+import time, sdworker.engine.pipeline
+from unittest.mock import patch
+real, jump = time.time, [0.0]
+def jumping():
+    return real() + jump[0]
+time.time = jumping
+denoise = sdworker.engine.pipeline.FamilyEngine.denoise
+def jump_and_denoise(self, *arguments):
+    jump[0] = 86_400.0 if jump[0] <= 0 else -86_400.0
+    return denoise(self, *arguments)
+sdworker.engine.pipeline.FamilyEngine.denoise = jump_and_denoise
+"""
+
+
+def test_a_clock_that_is_set_anew_neither_expires_a_job_nor_shows_in_its_timings():
+    jobs = [job("plain"), job("next")]
+    timely = job("timely", deadline=time.time() + 90_000)  # an hour more than the clock jumps
+    worker_run = run_workers(worker(CLOCK), [*jobs, timely], {"SDWORKER_LOAD": "eager"})
+    for name in ("plain", "next", "timely"):
+        timings = worker_run.answers[name]["output"]["timings"]
+        assert all(0 <= seconds < 60 for seconds in timings.values() if isinstance(seconds, float)), timings
 
 
 @pytest.mark.parametrize("owner", ["safetensors.torch, 'load_file'", "sdworker.engine.pipeline.FamilyEngine, 'decode'"])

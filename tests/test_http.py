@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from queue import SimpleQueue
 
 import httpx
 import pytest
@@ -23,6 +24,8 @@ from PIL import Image
 
 from sdworker.embedded.shapes import judge
 from sdworker.lab.demo import free_port
+from sdworker.lab.queue_server import bytes_in_use
+from sdworker.lab.soak import PROMPTS, memory_growth
 
 PROMPT = "a large red star on a blue background"
 LONG = {"prompt": PROMPT, "num_images": 8, "num_inference_steps": 100}
@@ -45,7 +48,7 @@ def lost(*arguments):
     raise ModelError("the GPU takes no more work from this process.", lasting=True)
 module.{name} = lost
 """
-OFTEN = "import sdworker.engine.previews as previews; previews.INTERVAL = previews.LAST = 0.0\n"
+OFTEN = "import sdworker.engine.previews as previews; previews.INTERVAL = previews.LAST = previews.SHARE = 0.0\n"
 
 
 @dataclass
@@ -129,6 +132,29 @@ def test_the_model_is_listed(worker):
     assert client.models.retrieve("embedded").object == "model"
     with pytest.raises(NotFoundError, match="draws with embedded alone"):
         client.models.retrieve("gpt-image-1")
+
+
+def test_two_hundred_requests_of_openais_client_from_eight_connections(worker):
+    """Each of the threads has a client, and so a connection, of its own."""
+    clients = SimpleQueue()
+    for _ in range(8):
+        clients.put(worker.openai())
+    def draw(k: int) -> tuple[str, Image.Image]:
+        client, prompt = clients.get(), PROMPTS[k % 3]
+        try:
+            answer = client.images.generate(prompt=prompt, size="64x64",
+                                            extra_body={"seed": k, "num_inference_steps": 25})
+        finally:
+            clients.put(client)
+        return prompt, picture(answer.data[0].b64_json)
+    drawn, memory = [], []
+    with ThreadPoolExecutor(8) as pool:
+        for one in pool.map(draw, range(200)):
+            drawn.append(one)
+            memory.append((len(drawn), bytes_in_use(worker.process.pid)))
+    print("memory:", round(memory_growth(memory), 3))
+    assert [prompt for prompt, image in drawn if not all(judge(image, prompt).values())] == []
+    assert worker.metric("requests_in_flight") == 0
 
 
 def test_errors_have_openais_shape(worker):
@@ -285,6 +311,23 @@ def test_an_engine_that_is_lost_while_it_draws(tmp_path):
         assert [job.result().status_code for job in jobs] == [503, 503], "all that wait are answered"
         assert "refresh_worker" not in jobs[0].result().json()
         assert worker.process.wait(60) == 1 and "can draw no more, and ends" in worker.log.read_text()
+
+
+HANGING = """
+import atexit, threading, sdworker.engine.generate
+never = threading.Event()
+atexit.register(never.wait)  # as a driver that waits for its kernels
+sdworker.engine.generate.draw_next = lambda drawings, max_batch: never.wait()
+"""
+
+
+def test_a_step_that_hangs(tmp_path):
+    with running(tmp_path, HANGING, SDWORKER_LOAD="lazy", SDWORKER_STEP_TIMEOUT="2") as worker, \
+            ThreadPoolExecutor(2) as pool:
+        answers = [job.result() for job in [pool.submit(worker.post) for _ in range(2)]]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert answers[0].json()["error"].startswith("a step took more than 2 s, so this worker ends")
+        assert worker.process.wait(60) == 1, "it does not wait for the driver"
 
 
 def test_sigterm_lets_the_requests_in_flight_be_drawn(tmp_path):

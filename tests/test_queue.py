@@ -1,5 +1,6 @@
 """`.runpod/handler.py`, the production loop of the unmodified SDK, at a queue on 127.0.0.1."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,28 @@ def test_previews_come_while_a_picture_is_drawn():
     assert worker_run.answers["seen"]["output"]["warnings"] == [] and "plain" not in worker_run.progress
 
 
+IN_PIECES = """
+import sdworker.serve.handler, sdworker.serve.sdk
+sdworker.serve.sdk.PART_CHARS = 10_000
+sdworker.serve.handler.start()
+"""
+
+
+def test_an_answer_comes_in_parts_on_the_stream():
+    worker_run = run_workers([sys.executable, "-c", IN_PIECES], [
+        job("seen", previews=True, num_images=8, num_inference_steps=100), job("bad", width=100)],
+        {"SDWORKER_STREAM": "1"})
+    parts = [chunk["output"] for chunk in worker_run.stream["seen"]]
+    assert worker_run.answers["seen"]["output"] == parts, "also as a whole, for those who ask for the status"
+    steps = [part["progress"]["step"] for part in parts if "progress" in part]
+    assert steps == sorted(set(steps)) and steps and "preview" in parts[0]["progress"]
+    pieces = [part for part in parts if "json" in part]
+    assert pieces == parts[len(steps):] and [piece["part"] for piece in pieces] == [*range(1, pieces[0]["parts"] + 1)]
+    answer = json.loads("".join(piece["json"] for piece in pieces))
+    assert len(answer["images"]) == 8 and all(judge(from_data_uri(answer["images"][0]), PROMPT).values())
+    assert worker_run.answers["bad"]["error"].startswith("width is 100") and "seen" not in worker_run.progress
+
+
 def test_jobs_that_wait_are_drawn_together_and_come_out_as_alone():
     alone = run_workers(HANDLER, [job("a"), job("b", seed=8), job("c", seed=9)])
     together = run_workers(HANDLER, [job("a"), job("b", seed=8), job("c", seed=9)], {
@@ -98,16 +121,39 @@ def test_the_next_job_is_taken_before_the_answer_of_the_last_is_out():
     assert worker_run.answered_at["second"] < worker_run.answered_at["first"]
 
 
-LONG = {"num_images": 8, "num_inference_steps": 100}
+def test_the_sdk_never_thinks_that_the_worker_is_full():
+    """It would sleep for a second. It counts a job that it has not dispatched yet twice."""
+    worker_run = run_workers(HANDLER, [job(f"job-{k}") for k in range(8)], {
+        "SDWORKER_LOAD": "eager", "SDWORKER_CONCURRENCY": "8", "RUNPOD_LOG_LEVEL": "DEBUG"})
+    assert len(worker_run.answers) == 8 and "Starting job acquisition" in worker_run.log
+    assert "Queue is full" not in worker_run.log
+
+
+WHEN_TWO_WAIT = """
+import time, sdworker.serve.handler
+from sdworker.serve.batching import Batching
+turn, begun = Batching._turn, []
+def when_two_wait(self):
+    while not begun and len(self._arrived) < 2:
+        time.sleep(0.01)
+    begun.append(True)
+    return turn(self)
+Batching._turn = when_two_wait
+sdworker.serve.handler.start()
+"""
 
 
 def test_a_cancelled_job_ends_and_its_batch_mate_is_the_same_to_the_bit():
-    jobs = [job("mate", num_inference_steps=100), job("cancelled", seed=8, **LONG), job("next")]
-    environment = {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}
-    undisturbed, disturbed = (run_workers(HANDLER, jobs, environment, cancel=cancel) for cancel in (
-        None, {"cancelled": 0.5}))
+    steps = {"num_inference_steps": 250}  # ten seconds, so that the signal comes in the middle
+    jobs = [job("mate", **steps), job("cancelled", seed=8, num_images=3, **steps), job("next")]
+    environment = {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager", "SDWORKER_MAX_STEPS": "250"}
+    undisturbed, disturbed = (run_workers([sys.executable, "-c", WHEN_TWO_WAIT], jobs, environment, cancel=cancel)
+                              for cancel in (None, {"cancelled": 3.0}))
     one, other = (worker_run.answers["mate"]["output"]["images"] for worker_run in (undisturbed, disturbed))
     assert one == other and "output" in disturbed.answers["next"]
+    for worker_run in (undisturbed, disturbed):
+        timings = worker_run.answers["mate"]["output"]["timings"]
+        assert timings["engine"] < timings["denoise"], "they shared a batch"
     assert "cancelled" not in disturbed.answers and "job cancelled stopped" in disturbed.log, disturbed.log
 
 
@@ -118,7 +164,8 @@ def test_a_deadline_is_kept():
                               "SDWORKER_MAX_MEGAPIXEL_STEPS": "1000000", "SDWORKER_LOAD": "eager"})
     for name in ("late", "over"):
         assert worker_run.answers[name]["output"]["code"] == "expired"
-        assert worker_run.answers[name]["error"].startswith("deadline has passed")
+    assert worker_run.answers["late"]["error"].startswith("deadline has passed, and the job was not done")
+    assert worker_run.answers["over"]["error"].startswith("deadline has passed before the job was taken")
     assert "output" in worker_run.answers["next"]
 
 
@@ -154,6 +201,44 @@ def test_a_worker_that_is_told_to_end_finishes_what_it_has_and_takes_no_more():
                              {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}, stop=False)
     assert "output" in worker_run.answers["first"] and set(worker_run.taken_at) == set(worker_run.answers)
     assert "left" not in worker_run.taken_at and worker_run.code == 0, worker_run.log
+
+
+IDLE_AND_STOPPED = """
+import os, signal, threading, sdworker.serve.handler, sdworker.serve.sdk
+done = sdworker.serve.sdk.JobGate._done
+def done_and_signalled(gate, name, task):
+    done(gate, name, task)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+sdworker.serve.sdk.JobGate._done = done_and_signalled
+sdworker.serve.handler.start()
+"""
+
+
+def test_an_idle_worker_that_is_told_to_end_does_not_wait_for_the_queue():
+    worker_run = run_workers([sys.executable, "-c", IDLE_AND_STOPPED], [job("first")], limit=80, stop=False, hold=500)
+    assert "output" in worker_run.answers["first"] and worker_run.code == 0, worker_run.log
+
+
+STOPPED_IN_THE_LOAD = """
+import os, signal, sdworker.serve.handler, sdworker.serve.sdk, sdworker.start.load
+place, begin = sdworker.start.load.place, sdworker.serve.sdk.JobGate.begin
+begun = sdworker.start.load.threading.Event()
+def slowly(*arguments):
+    begun.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return place(*arguments)
+def begin_and_note(gate, job):
+    begun.set()
+    return begin(gate, job)
+sdworker.start.load.place, sdworker.serve.sdk.JobGate.begin = slowly, begin_and_note
+sdworker.serve.handler.start()
+"""
+
+
+def test_a_worker_that_is_told_to_end_while_it_loads_draws_the_job_that_it_has():
+    worker_run = run_workers([sys.executable, "-c", STOPPED_IN_THE_LOAD], [job("first"), job("left")], stop=False)
+    assert "output" in worker_run.answers["first"] and set(worker_run.taken_at) == {"first"}, worker_run.log
+    assert worker_run.code == 0
 
 
 @pytest.mark.parametrize("way", ["background", "lazy", "eager"])

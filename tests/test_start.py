@@ -33,13 +33,21 @@ def assert_one_sentence(worker_run: WorkerRun, *words: str) -> None:
     assert "Traceback" not in worker_run.log
 
 
+def assert_one_job_is_told(worker_run: WorkerRun, *words: str) -> None:
+    assert_one_sentence(worker_run, *words)
+    assert worker_run.answers["first"]["output"]["code"] == "model_error", "in the worker's own words"
+    assert worker_run.answers["first"]["stopPod"] and worker_run.code == 1
+    assert set(worker_run.taken_at) == {"first"}, "the others stay in the queue"
+
+
 @pytest.mark.parametrize("load", ["background", "lazy", "eager"])
-def test_a_truncated_file_ends_the_start_before_any_job_is_taken(model, load):
+def test_a_truncated_file_is_one_jobs_answer_and_the_workers_end(model, load):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load}, stop=False)
-    assert worker_run.code == 1 and worker_run.taken_at == {}, "the jobs stay in the queue"
-    assert f"sdworker: {weights} has" in worker_run.log and "Traceback" not in worker_run.log
+    worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load,
+                                          "SDWORKER_CONCURRENCY": "2"}, stop=False)
+    assert_one_job_is_told(worker_run, f"the model/vae/{weights.name} has", "bytes", "fetch the model again")
+    assert f"{weights} has" in worker_run.log, "the log has the whole path"
 
 
 CUT = """
@@ -164,11 +172,11 @@ def test_a_folder_that_comes_late(tmp_path):
     ("embeded", "give `embedded`, a folder, or a model id like owner/name"),
     ("./models/sdxl", "there is no such folder"),
 ])
-def test_a_model_that_cannot_exist_ends_the_start_at_once(typo, message):
+def test_a_model_that_cannot_exist_is_one_jobs_answer_and_the_workers_end(typo, message):
     worker_run = started(typo, stop=False)
-    assert worker_run.code == 1 and worker_run.answers == {}, "the jobs stay in the queue"
-    line, = [line for line in worker_run.log.splitlines() if line.startswith("sdworker: ")]
-    assert repr(typo) in line and message in line and "Traceback" not in worker_run.log
+    assert_one_job_is_told(worker_run, message)
+    line, *_ = [line for line in worker_run.log.splitlines() if "the next job is told" in line]
+    assert repr(typo) in line and message in line
 
 
 def test_a_model_id_that_cannot_be_had_is_answered_with_the_reason():

@@ -104,7 +104,7 @@ class _Drawing(_Log):
 
 # %% ../../nbs/0_core/01_settings.ipynb #d1146cce
 class _Delivery(_Drawing):
-    "What happens to finished pictures, how they reach their sender, and how many HTTP requests may wait."
+    "What happens to finished pictures, and how they reach their sender."
     safety_checker: bool = Field(False, description=(
         "Let the safety checker that is baked with the model flag pictures: an answer then has `flagged`, a boolean "
         "for each; the pictures stay as they are"))
@@ -118,6 +118,20 @@ class _Delivery(_Drawing):
         "Address under which anyone may read the bucket; empty: answers have presigned addresses"))
     price: float = Field(0, ge=0, le=1000, description=(
         "Dollars that an hour of this worker costs, for the `cost` in an answer; 0: unknown"))
+
+# %% ../../nbs/0_core/01_settings.ipynb #4f93c1b7
+class _Jobs(_Delivery):
+    "How many jobs and images are drawn at once, and how long a step may take."
+    max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
+    batch_window_ms: float = Field(20, ge=0, le=10_000, description=(
+        "Milliseconds to wait before a batch that is not full, while another job is being checked; 0: never wait"))
+    step_timeout: float = Field(300, ge=1, le=86_400, description=(
+        "Seconds that one step may take, with all that is compiled for it; after them the worker answers its jobs with "
+        "an error, and ends"))
+    concurrency: int = Field(1, ge=1, le=256, description=(
+        "Jobs taken from the queue at once, besides those that are drawn already and on their way back"))
+    stream: bool = Field(False, description=(
+        "Answer the jobs of a queue in parts, on `/stream`: progress, previews, and the answer in pieces under 1 MB"))
     http_queue: int = Field(64, ge=1, le=10_000, description=(
         "Requests to `sdworker http` that wait or are drawn; one more is answered with 429"))
 
@@ -128,7 +142,7 @@ PROFILES = {  # profile -> its defaults; a variable that the user sets overrides
     "lowmem": {"engine": "diffusers", "vae_decode": "tiled", "offload": "model", "max_batch": 1},
 }
 
-class Settings(_Delivery):
+class Settings(_Jobs):
     "All settings; each field `x` is the environment variable `SDWORKER_X`."
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
@@ -145,11 +159,6 @@ class Settings(_Delivery):
     dialect: Literal["auto", "native", "worker-sdxl", "openai"] = Field("auto", description=(
         "Whose field names requests have, and which shape an answer; `auto`: recognized by the fields"))
     fetch: bool = Field(False, description="Fetch pictures that a request names by a public http or https address")
-    max_batch: int = Field(4, ge=1, le=64, description="Images drawn in one call of the model")
-    batch_window_ms: float = Field(20, ge=0, le=10_000, description=(
-        "Milliseconds to wait before a batch that is not full, while another job is being checked; 0: never wait"))
-    concurrency: int = Field(1, ge=1, le=256, description=(
-        "Jobs taken from the queue at once, besides those that are drawn already and on their way back"))
     max_images: int = Field(8, ge=1, le=256, description="Images that one request may ask for")
     max_steps: int = Field(100, ge=1, le=1000, description="Denoising steps that one request may ask for")
     max_megapixel_steps: float = Field(1000, ge=1, le=1_000_000, description=(

@@ -23,11 +23,18 @@ from ..core.model_info import ModelError
 from ..core.settings import SettingsError, get_settings, unknown_variables
 from ..engine.safety_checker import checker_weights
 from .answer import answer_job
+from .batching import BATCHING
 from .monitor import open_nvml, set_up_log
 from .sdk import ON_THEIR_WAY, JobGate, connect
 from .start_checks import check_sdk_variables, checks_at_start
 from ..start.fast_imports import import_runpod, without_collector
-from ..start.load import ENGINE_THREAD, begin_loading, initialize_model, model_info
+from sdworker.start.load import (
+    ENGINE_THREAD,
+    begin_loading,
+    give_up,
+    initialize_model,
+    model_info,
+)
 from ..start.prefetch import prefetch
 from ..start.timeline import LEDGER
 
@@ -42,17 +49,13 @@ def handler(
         return pool.submit(asyncio.run, answer_job(job)).result()
 
 # %% ../../nbs/5_serve/11_handler.ipynb #fa110008
-def _ending(
-    answer: Callable[..., Awaitable[dict[str, Any]]],  # as `answer_job`
-    options: dict[str, Any],  # of the SDK, which reads them after each job from the queue
-    end: Callable[[], None] = lambda: None,  # called after an answer with `refresh_worker`
-) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
-    "Wrap a handler: after an answer with `refresh_worker`, the worker ends."
+def _ending(options: dict[str, Any]) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:  # of the SDK
+    "The handler for the SDK's local API: after an answer with `refresh_worker` the process ends."
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
-        response = await answer(job)
+        response = await answer_job(job)
         if response.get("refresh_worker"):
             options["refresh_worker"] = True
-            end()
+            os.kill(os.getpid(), signal.SIGINT)  # on this signal uvicorn sends the answer, then ends
         return response
     return handle
 
@@ -61,24 +64,25 @@ def _load_first() -> None:
     "Wait until the engine's thread has loaded the model; raises `ModelError`."
     ENGINE_THREAD.submit(partial(initialize_model, warm=True)).result()
 
+def _load_before_jobs() -> None:
+    "Wait for the load; after one that failed for good, the first job is told why. Raises any other `ModelError`."
+    try:
+        _load_first()
+    except ModelError as error:
+        if not error.lasting:
+            raise
+
 def _load_in_background() -> None:
     "Begin to load the model. Wait if something is to be compiled, so that no job is taken meanwhile."
     loading = begin_loading()
     if get_settings().compile != "off":
         loading.result()
 
-def _prestart() -> None:
-    "Wait for the load; raises a lasting `ModelError`, which the SDK reports to whoever waits for an answer."
-    try:
-        _load_first()
-    except ModelError as error:
-        if error.lasting:
-            raise
-
+# %% ../../nbs/5_serve/11_handler.ipynb #38a47107
 def _queue_options(gate: JobGate) -> dict[str, Any]:
     "The SDK's options in production."
-    load = {"background": _load_in_background, "eager": _load_first, "lazy": lambda: None}
-    started, options = [], {}
+    load = {"background": _load_in_background, "eager": _load_before_jobs, "lazy": lambda: None}
+    started, options = [], gate.options
 
     def concurrency(now: int) -> int:
         "Return more than the gate lets through. The SDK first calls this right after it has forked its heartbeat."
@@ -86,8 +90,9 @@ def _queue_options(gate: JobGate) -> dict[str, Any]:
             LEDGER.lap("SDK start")
             open_nvml()
             started.append(load[get_settings().load]())  # a load that raises does not count as a start
-        return gate.concurrency + ON_THEIR_WAY
-    options |= {"handler": _ending(gate.handle, options), "concurrency_modifier": concurrency}
+        return 2 * gate.concurrency + ON_THEIR_WAY  # a job that is not dispatched yet counts twice for the SDK
+    options |= {"handler": gate.stream if gate.streams else gate.handle, "concurrency_modifier": concurrency,
+                "return_aggregate_stream": gate.streams}
     return options
 
 # %% ../../nbs/5_serve/11_handler.ipynb #a53eac3c
@@ -108,6 +113,16 @@ def _prefetch_and_count(queue: bool) -> int:
         log.warning("the model is not complete yet, so nothing is read ahead: %s", error)
         return 0
 
+# %% ../../nbs/5_serve/11_handler.ipynb #a7fa22b3
+def _prefetch_for_queue() -> int:
+    "As `_prefetch_and_count`; a model that can never be loaded becomes the next job's error."
+    try:
+        return _prefetch_and_count(queue=True)
+    except ModelError as error:
+        log.error("the next job is told, and then this worker ends: %s", error)
+        give_up(error)
+        return 0
+
 # %% ../../nbs/5_serve/11_handler.ipynb #6ae0a37c
 def _run(arguments: list[str], queue: bool = False) -> None:
     "Start the SDK with these command-line arguments."
@@ -117,7 +132,8 @@ def _run(arguments: list[str], queue: bool = False) -> None:
     # at a queue, `checks_at_start` has the same warnings of variables
     for warning in [*prepare_cache_folders(), *([] if queue else unknown_variables())]:
         log.warning(warning)
-    weight_bytes = _prefetch_and_count(queue) * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
+    parameters = _prefetch_for_queue() if queue else _prefetch_and_count(queue)
+    weight_bytes = parameters * (4 if settings.dtype == "float32" else 2)  # bytes on a GPU
     shrinks = settings.quantize != "off" or settings.offload != "none"  # by how much is known only after the load
     check = checks_at_start(settings, 0 if shrinks else weight_bytes, log.warning) if queue else None
     LEDGER.lap("worker")
@@ -125,17 +141,15 @@ def _run(arguments: list[str], queue: bool = False) -> None:
         _load_first()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     with without_collector():
-        sdk, gate = import_runpod(settings.lean), JobGate(settings.concurrency)
+        sdk, gate = import_runpod(settings.lean), JobGate(settings.concurrency, streams=settings.stream)
     options = _queue_options(gate) if queue else {"handler": answer_job}
-    if "--rp_serve_api" in arguments:  # on this signal uvicorn sends the answer, then ends
-        options["handler"] = _ending(answer_job, options, lambda: os.kill(os.getpid(), signal.SIGINT))
+    if "--rp_serve_api" in arguments:
+        options["handler"] = _ending(options)
     LEDGER.lap("runpod")
     if check:
         sdk.serverless.register_fitness_check(check)
     if queue:
         connect(gate)
-        if settings.load == "background" and hasattr(sdk.serverless, "register_prestart_hook"):  # from SDK 2.0 on
-            sdk.serverless.register_prestart_hook(_prestart)
     if not queue and "RUNPOD_WEBHOOK_PING" not in os.environ:  # no heartbeat, so no fork
         open_nvml()
         if settings.load == "background":
@@ -147,6 +161,7 @@ def _run(arguments: list[str], queue: bool = False) -> None:
         if not options.get("refresh_worker"):
             raise
     if options.get("refresh_worker"):
+        BATCHING.exit_if_hung()
         raise ModelError("the worker ends, since it can draw no more; the reason is above.", lasting=True)
 
 # %% ../../nbs/5_serve/11_handler.ipynb #0da475af

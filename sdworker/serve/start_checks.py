@@ -12,13 +12,11 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..build.cache_dirs import user_cache
+from ..build.cache_dirs import temporary_folder, user_cache
 from ..build.locate import locate
 from ..core.model_info import ModelError
 from ..core.settings import Settings, SettingsError, read_settings, unknown_variables
@@ -92,7 +90,7 @@ def disk(
     settings: Settings,  # to be checked
 ) -> Finding:
     "Check the free space of the cache folder and the temporary folder."
-    places = {user_cache(), Path(tempfile.gettempdir())}
+    places = {user_cache(), temporary_folder()}
     # each place, or the nearest folder above it that exists
     existing = {next(folder for folder in (place, *place.parents) if folder.exists()) for place in places}
     free = {place: shutil.disk_usage(place).free / 1e9 for place in existing}  # GB
