@@ -20,13 +20,13 @@ UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
 class Weights:
-    "A copy of the embedded model, whose file of weights is cut after some answers, and whole again after others."
+    "A copy of the embedded model, whose file of weights is cut after some answers, and replaced after others."
 
-    def __init__(self, folder: Path, cut: int, whole: int):
+    def __init__(self, folder: Path, cut: int, restored: int):
         shutil.copytree(EMBEDDED, folder)
         self.file, self.spare, self.answers = folder / UNET, folder.parent / "spare", 0
         shutil.copy(self.file, self.spare)
-        self.at = {cut: self.cut, whole: self.restore}  # by the number of answers
+        self.at = {cut: self.cut, restored: self.restore}  # by the number of answers
 
     def on_answer(self, name: str) -> None:
         self.answers += 1
@@ -44,7 +44,7 @@ class Weights:
 @pytest.mark.timeout(600)
 def test_two_hundred_jobs_outlive_ten_killed_workers_a_lost_queue_and_damaged_weights(tmp_path):
     chance, seconds = random.Random(11), 70
-    weights = Weights(tmp_path / "model", cut=60, whole=110)
+    weights = Weights(tmp_path / "model", cut=60, restored=110)
     jobs = [{"id": f"job-{k}", "input": {"prompt": prompt, "seed": k, "num_inference_steps": 25}}
             for k, prompt in zip(range(200), cycle(PROMPTS))]
     worker_run = run_workers(

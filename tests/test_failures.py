@@ -138,7 +138,6 @@ def test_a_full_disk_costs_no_answer():
 
 CLOCK = """
 import time, sdworker.engine.pipeline
-from unittest.mock import patch
 real, jump = time.time, [0.0]
 def jumping():
     return real() + jump[0]

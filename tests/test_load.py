@@ -18,7 +18,7 @@ def test_two_workers_answer_five_hundred_jobs_once_each():
     worker_run = run_workers(HANDLER, mixed.jobs, ENVIRONMENT | {"SDWORKER_CONCURRENCY": "8"}, limit=800, workers=2,
                              cancel=dict.fromkeys(mixed.cancelled, 0.3))
     print("memory:", {name: round(memory_growth(samples), 3) for name, samples in worker_run.memory.items()})
-    assert mistakes(worker_run, mixed) == []
+    assert mistakes(worker_run, mixed) == [] and set(worker_run.deliveries.values()) == {1}
     assert any(name not in worker_run.answers for name in mixed.cancelled), "some were cancelled in time"
     assert set(worker_run.workers.values()) == {"worker", "worker-2"}
     assert "Traceback" not in worker_run.log, worker_run.log[-3000:]
@@ -27,4 +27,4 @@ def test_two_workers_answer_five_hundred_jobs_once_each():
 def test_every_kind_of_job_in_a_few():
     mixed = mixed_jobs(20)
     worker_run = run_workers(HANDLER, mixed.jobs, ENVIRONMENT | {"SDWORKER_CONCURRENCY": "6"}, 300, workers=2)
-    assert mistakes(worker_run, mixed) == []
+    assert mistakes(worker_run, mixed) == [] and set(worker_run.deliveries.values()) == {1}

@@ -33,7 +33,7 @@ def assert_one_sentence(worker_run: WorkerRun, *words: str) -> None:
     assert "Traceback" not in worker_run.log
 
 
-def assert_one_job_is_told(worker_run: WorkerRun, *words: str) -> None:
+def assert_one_job_gets_the_reason(worker_run: WorkerRun, *words: str) -> None:
     assert_one_sentence(worker_run, *words)
     assert worker_run.answers["first"]["output"]["code"] == "model_error", "in the worker's own words"
     assert worker_run.answers["first"]["stopPod"] and worker_run.code == 1
@@ -46,7 +46,7 @@ def test_a_truncated_file_is_one_jobs_answer_and_the_workers_end(model, load):
     weights.write_bytes(weights.read_bytes()[:-1])
     worker_run = run_workers(OURS, JOBS, {"SDWORKER_MODEL": str(model), "SDWORKER_LOAD": load,
                                           "SDWORKER_CONCURRENCY": "2"}, stop=False)
-    assert_one_job_is_told(worker_run, f"the model/vae/{weights.name} has", "bytes", "fetch the model again")
+    assert_one_job_gets_the_reason(worker_run, f"the model/vae/{weights.name} has", "bytes", "fetch the model again")
     assert f"{weights} has" in worker_run.log, "the log has the whole path"
 
 
@@ -174,7 +174,7 @@ def test_a_folder_that_comes_late(tmp_path):
 ])
 def test_a_model_that_cannot_exist_is_one_jobs_answer_and_the_workers_end(typo, message):
     worker_run = started(typo, stop=False)
-    assert_one_job_is_told(worker_run, message)
+    assert_one_job_gets_the_reason(worker_run, message)
     line, *_ = [line for line in worker_run.log.splitlines() if "the next job is told" in line]
     assert repr(typo) in line and message in line
 
