@@ -24,7 +24,7 @@ venv: .venv/ready  ## set up .venv and nothing else
 demo: venv  ## start the worker, send it six requests, leave pictures in out/demo
 	$(PY) -m sdworker.lab.demo out/demo
 
-test: venv lint  ## the notebooks and tests that a change needs (about twenty minutes on two cores)
+test: venv lint  ## the notebooks and tests that a change needs (about a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow and not image'
 
 test-slow: venv aot  ## the others: compilers, families in detail, quality gates, the site

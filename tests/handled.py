@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image
 from sdworker.engine.types import ImageSpec, Picture, SamplingParams
 from sdworker.serve.image_io import from_data_uri
 
+PROMPT = "a large red star on a blue background"
+HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]  # what RunPod starts
 WORKER = """
 import json, logging, sys
 from sdworker.serve.handler import handler
@@ -24,6 +27,11 @@ json.dump({name: handler({"id": name, "input": payload}) for name, payload in jo
 heavy = ("torchao", "peft", "diffusers", "xformers", "torch._dynamo")
 print("imported:", *(name for name in heavy if name in sys.modules), file=sys.stderr)
 """
+
+
+def job(name: str, **fields: Any) -> dict[str, Any]:
+    "A job for a worker at a queue."
+    return {"id": name, "input": {"prompt": PROMPT, "seed": 7} | fields}
 
 
 def pixels(answer: dict) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handled import handled, pixels
+from handled import PROMPT, handled, job, pixels
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +31,6 @@ from sdworker.serve.image_io import data_uri, from_data_uri
 
 ROOT = Path(__file__).parent.parent
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
-PROMPT = "a large red star on a blue background"
 MODEL = read_model_info(EMBEDDED, "embedded")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_toolchain()), reason=missing_toolchain())]
@@ -46,10 +45,6 @@ def package() -> Path:
 @pytest.fixture
 def copy(package, tmp_path) -> Path:
     return Path(shutil.copytree(package, tmp_path / "the packages" / "one"))
-
-
-def job(name: str, **fields) -> dict:
-    return {"id": name, "input": {"prompt": PROMPT, "seed": 7} | fields}
 
 
 def started(aot_dir: Path, jobs: list[dict], **settings: str) -> WorkerRun:

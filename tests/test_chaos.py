@@ -3,11 +3,11 @@
 import os
 import random
 import shutil
-import sys
 from itertools import cycle
 from pathlib import Path
 
 import pytest
+from handled import HANDLER
 
 from sdworker.core.model_info import EMBEDDED
 from sdworker.embedded.shapes import judge
@@ -15,7 +15,6 @@ from sdworker.lab.queue_server import run_workers
 from sdworker.lab.soak import PROMPTS
 from sdworker.serve.image_io import from_data_uri
 
-HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 

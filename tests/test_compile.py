@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from handled import PROMPT, job
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,13 +24,8 @@ from sdworker.lab.queue_server import run_workers
 from sdworker.serve.image_io import from_data_uri
 
 OURS = [sys.executable, "-m", "sdworker.cli.main", "start"]
-PROMPT = "a large red star on a blue background"
 
 pytestmark = pytest.mark.slow
-
-
-def job(name: str) -> dict:
-    return {"id": name, "input": {"prompt": PROMPT, "seed": 7}}
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +114,13 @@ def test_blocks_are_compiled_for_any_size_and_prompt(tmp_path, family):
 def test_a_long_prompt_is_drawn_by_plain_code(tmp_path):
     """Blocks are compiled for one chunk of a prompt; more tokens are another length, which is not compiled anew."""
     engine = FamilyEngine(read_model_info(miniature("StableDiffusionPipeline", tmp_path / "model")))
-    jobs = [{"prompt": PROMPT}, {"prompt": f"{PROMPT}, " * 12}]
-    plain = [generate(engine, **job, seed=7, steps=2).pictures[0].image for job in jobs]
+    prompts = PROMPT, f"{PROMPT}, " * 12
+    plain = [generate(engine, prompt, seed=7, steps=2).pictures[0].image for prompt in prompts]
     assert use_compile(engine.pipe, "regional", engine.model) == ""
     assert compile_before_jobs(engine) and engine.warnings == [] and is_compiled(engine.pipe.unet)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for picture, job in zip(plain, jobs, strict=True):
-        drawn = generate(engine, **job, seed=7, steps=2)
+    for picture, prompt in zip(plain, prompts, strict=True):
+        drawn = generate(engine, prompt, seed=7, steps=2)
         assert psnr(picture, drawn.pictures[0].image) > 50 and drawn.warnings == []
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 

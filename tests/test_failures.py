@@ -6,17 +6,18 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
+import handled
 import httpx
 import pytest
+from handled import HANDLER
 
 from sdworker.core.settings import get_settings
 from sdworker.lab.demo import free_port
 from sdworker.lab.queue_server import run_workers
 from sdworker.serve.handler import handler
 
-HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 LOST = "the GPU takes no more work from this process"
 ENGINE = "sdworker.engine.pipeline.FamilyEngine"
 
@@ -60,8 +61,7 @@ def worker(*lines: str) -> list[str]:
     return [sys.executable, "-W", "ignore", "-c", "\n".join([LIBRARY, *lines, "sdworker.serve.handler.start()"])]
 
 
-def job(name: str, **fields) -> dict:
-    return {"id": name, "input": {"prompt": "a large red star on a blue background", "num_inference_steps": 2} | fields}
+job = partial(handled.job, num_inference_steps=2)
 
 
 @pytest.mark.parametrize(("stage", "error"), [

@@ -1,14 +1,11 @@
 """Hundreds of jobs of all kinds for several workers at one queue: all are answered, exactly once."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from handled import HANDLER
 
 from sdworker.lab.queue_server import run_workers
 from sdworker.lab.soak import memory_growth, mistakes, mixed_jobs
 
-HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]
 ENVIRONMENT = {"SDWORKER_LOG_EVERY": "0", "OMP_NUM_THREADS": "1"}  # else the workers take the cores from each other
 
 

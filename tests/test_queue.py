@@ -3,21 +3,14 @@
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from handled import HANDLER, PROMPT, job
 
 from sdworker.embedded.shapes import judge
 from sdworker.lab.queue_server import Fault, run_workers
 from sdworker.serve.image_io import from_data_uri
-
-PROMPT = "a large red star on a blue background"
-HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]  # what RunPod starts
-
-
-def job(name: str, **fields) -> dict:
-    return {"id": name, "input": {"prompt": PROMPT, "seed": 7} | fields}
 
 
 def test_production_loop_answers_good_and_bad_jobs():

@@ -175,7 +175,7 @@ def test_a_folder_that_comes_late(tmp_path):
 def test_a_model_that_cannot_exist_is_one_jobs_answer_and_the_workers_end(typo, message):
     worker_run = started(typo, stop=False)
     assert_one_job_gets_the_reason(worker_run, message)
-    line, *_ = [line for line in worker_run.log.splitlines() if "the next job is told" in line]
+    line, *_ = [line for line in worker_run.log.splitlines() if "the next job gets this error" in line]
     assert repr(typo) in line and message in line
 
 

@@ -46,7 +46,7 @@ class BatchSizes:
         params: SamplingParams,  # of the batch to draw
     ) -> int | None:  # images; None: no batch has failed yet
         "The smallest batch of such images that is known not to fit."
-        sizes = self.failed.get(self._batch_key(params), {})
+        sizes = self.failed.get(self._kind(params), {})
         return min((images for pixels, images in sizes.items() if pixels <= params.width * params.height), default=None)
 
     def add(
@@ -57,12 +57,12 @@ class BatchSizes:
         "Remember a batch that did not fit, unless this follows from earlier failures."
         if (known := self.smallest_failed(params)) is not None and known <= images:
             return
-        sizes, pixels = self.failed.setdefault(self._batch_key(params), {}), params.width * params.height
+        sizes, pixels = self.failed.setdefault(self._kind(params), {}), params.width * params.height
         sizes[pixels] = images
         for other in [other for other in sizes if other > pixels and sizes[other] >= images]:
             del sizes[other]  # it follows from the new entry
 
-    def _batch_key(self, params: SamplingParams) -> tuple:
+    def _kind(self, params: SamplingParams) -> tuple:
         return params.mode, params.guided_steps > 0, params.refiner_start < 1
 
 BATCH_SIZES: "WeakKeyDictionary[Engine, BatchSizes]" = WeakKeyDictionary()  # kept as long as the engine
@@ -162,7 +162,7 @@ def _shares(drawings: Sequence[Drawing], limit: int) -> dict[Drawing, int]:
             shares[drawing] = count
     return shares
 
-def _fail(drawings: list[Drawing], error: Exception) -> None:
+def _separate(drawings: list[Drawing], error: Exception) -> None:
     "End the drawing that caused an error, or find out which one did."
     running = [drawing for drawing in drawings if not drawing.error]
     for drawing in running:
@@ -244,7 +244,7 @@ def draw_next(
         if getattr(error, "lasting", False):  # the device is lost, for all of them
             raise
         if not memory_is_out(error):
-            _fail(list(shares), error)
+            _separate(list(shares), error)
             return 0
         log.warning("%d image(s) do not fit into memory: %s", sum(shares.values()), str(error).partition("\n")[0])
     torch.cuda.empty_cache()  # outside of `except`, which holds the failed call's tensors

@@ -124,7 +124,7 @@ def _fail(requests: list[Pending], error: BaseException) -> None:
             with suppress(InvalidStateError):
                 future.set_exception(error)
 
-def _give_up(batching: "Batching", limit: float) -> None:
+def _end_hung(batching: "Batching", limit: float) -> None:
     "Fail all requests, since the engine's thread hangs in a step."
     batching.hung = ModelError(f"a step took more than {limit:g} s, so this worker ends; send the request again, or "
                                "set SDWORKER_STEP_TIMEOUT if the step needs longer.", lasting=True)
@@ -181,7 +181,7 @@ class Batching:
         self._preparing = 0  # jobs that will submit a request, or be refused
         self._scheduled = False  # whether the engine's thread has been called
         self._pending: list[Pending] = []  # of the engine's thread alone
-        self.timeout = StepTimeout(partial(_give_up, self))
+        self.timeout = StepTimeout(partial(_end_hung, self))
         self.hung: ModelError | None = None  # the engine's thread will not come back
 
     @contextmanager

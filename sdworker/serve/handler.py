@@ -119,7 +119,7 @@ def _prefetch_for_queue() -> int:
     try:
         return _prefetch_and_count(queue=True)
     except ModelError as error:
-        log.error("the next job is told, and then this worker ends: %s", error)
+        log.error("the next job gets this error, and then this worker ends: %s", error)
         give_up(error)
         return 0
 

@@ -35,8 +35,8 @@ class JobGate:
                  streams: bool = False):  # whether the SDK gets each answer from `stream`, in place of `handle`
         self.concurrency, self.answer, self.streams = concurrency, answer, streams
         self.undrawn: set[str] = set()  # ids of the jobs that take up room
-        self.tasks: dict[str, asyncio.Task] = {}  # by job id: those under way, and the last that the SDK has answered
-        self.answered: list[str] = []  # ids of the last jobs
+        self.tasks: dict[str, asyncio.Task] = {}  # by job id: those whose answers the SDK does not have yet
+        self.answered: dict[str, asyncio.Task] = {}  # by job id: the last good answers, in case their jobs come again
         self.messages: dict[str, Messages] = {}  # by job id, where answers are streamed
         self.options: dict[str, Any] = {}  # for the SDK, which reads them after each job
         self.closed, self.changed, self.ended, self.session = False, asyncio.Event(), asyncio.Event(), None
@@ -88,7 +88,7 @@ JobGate._ask, JobGate._answered = _ask, _answered
 def _begin(self: JobGate, job: dict[str, Any]) -> asyncio.Task:  # of its answer
     "Begin a job, unless it is under way or has just been answered."
     name = str(job.get("id"))
-    if name not in self.tasks:
+    if not (task := self.tasks.get(name) or self.answered.get(name)):
         self.undrawn.add(name)
         if self.streams:
             watcher = self.messages[name] = Messages(0.8 * STREAM_BYTES)  # the rest is for all that is no preview
@@ -97,7 +97,7 @@ def _begin(self: JobGate, job: dict[str, Any]) -> asyncio.Task:  # of its answer
         task = asyncio.create_task(self.answer(job, watcher, lambda: self.make_room(name)))
         task.add_done_callback(lambda task: self._done(name, task))
         self.tasks[name] = task
-    return self.tasks[name]
+    return task
 
 def _make_room(self: JobGate, name: str) -> None:
     "Note that the engine has done its part of a job."
@@ -124,12 +124,11 @@ JobGate.begin, JobGate.make_room, JobGate._done, JobGate.handle = _begin, _make_
 # %% ../../nbs/5_serve/10_sdk.ipynb #eaa188d7
 def _remember(self: JobGate, name: str) -> None:  # of a job that the SDK has answered
     "Keep a good answer for a while, in case its job comes again; one that failed may be tried again."
-    task = self.tasks[name]
-    if not task.done() or task.cancelled() or task.result().get("error"):
-        self.tasks.pop(name)
-    self.answered = [*(other for other in self.answered if other != name), name]
+    task = self.tasks.pop(name, None)  # None: it came twice, and the SDK has had the answer once
+    if task and task.done() and not task.cancelled() and not task.result().get("error"):
+        self.answered[name] = task
     while len(self.answered) > REMEMBERED:
-        self.tasks.pop(self.answered.pop(0), None)
+        self.answered.pop(next(iter(self.answered)))
 
 def _close(self: JobGate) -> None:
     "Take no more jobs; those that were taken go on."
