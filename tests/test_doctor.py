@@ -81,7 +81,7 @@ FAULTS = {
     "an AOT package that is not there": ("aot", "fail", "there is none", "", {"SDWORKER_ENGINE": "aot"}),
     "a port that is none": ("port", "fail", "PORT is 'http'", "", {"PORT": "http"}),
     "a health route that nobody asks": ("port", "warn", "PORT_HEALTH is not set", "",
-                                        {"PORT": "5000", "RUNPOD_POD_ID": "p1"}),
+                                        {"PORT": "5000", "RUNPOD_ENDPOINT_ID": "e1"}),
     "half a queue": ("queue", "fail", "RUNPOD_WEBHOOK_POST_OUTPUT is not set", "",
                      {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/take"}),
     "half a bucket": ("bucket", "fail", "BUCKET_ACCESS_KEY_ID is not set", "",

@@ -290,14 +290,29 @@ def test_a_full_queue(tmp_path):
 @pytest.mark.parametrize("load", ["background", "eager"])
 def test_a_load_that_fails_for_good(tmp_path, load):
     before = LOST.format(module="start.load", name="_load")
-    if load == "eager":
-        with pytest.raises(AssertionError, match="takes no more work"), running(tmp_path, before, SDWORKER_LOAD=load):
-            pass
-        return
-    with running(tmp_path, before, ready=(503,)) as worker:
+    with pytest.raises(AssertionError, match="takes no more work"), running(tmp_path, before, SDWORKER_LOAD=load):
+        pass
+    log = (tmp_path / "worker.log").read_text()
+    assert "Traceback" not in log and "the reason is above" in log
+
+
+def test_a_load_that_fails_for_good_while_a_request_waits(tmp_path):
+    before = LOST.format(module="start.load", name="_load")
+    with running(tmp_path, before, SDWORKER_LOAD="lazy") as worker:
         with pytest.raises(InternalServerError, match="the GPU takes no more work"):
             worker.openai().images.generate(prompt=PROMPT)
         assert worker.process.wait(60) == 1 and "Traceback" not in worker.log.read_text()
+
+
+def test_an_engine_that_is_lost_when_its_client_has_gone(tmp_path):
+    gate = tmp_path / "gate"
+    before = LOST.format(module="engine.generate", name="draw_next")
+    before += GATED.format(module="engine.generate", name="draw_next", gate=str(gate))
+    with running(tmp_path, before) as worker:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{worker.url}/generate", json={"prompt": PROMPT}, timeout=10.0, trust_env=False)
+        gate.touch()
+        assert worker.process.wait(60) == 1 and "can draw no more, and ends" in worker.log.read_text()
 
 
 def test_an_engine_that_is_lost_while_it_draws(tmp_path):

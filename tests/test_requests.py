@@ -251,13 +251,13 @@ def test_no_folder_of_the_machine_is_in_an_answer(folder, tmp_path, monkeypatch)
     get_settings.cache_clear()
     try:
         path = tmp_path / folder / "mine" / "unet" / "config.json"
-        _, answer = failure(ModelError(f"{path} is missing; the folder must hold a complete diffusers pipeline."))
+        answer = failure(ModelError(f"{path} is missing; the folder must hold a complete diffusers pipeline."))
     finally:
         monkeypatch.undo()
         get_settings.cache_clear()
     assert answer["error"].split(" is missing")[0].endswith("unet/config.json")
     assert str(tmp_path) not in answer["error"] and tmp_path.name not in answer["error"]
-    _, answer = failure(ModelError(f"{path} is missing."))  # of another model
+    answer = failure(ModelError(f"{path} is missing."))  # of another model
     assert str(tmp_path) not in answer["error"]
 
 

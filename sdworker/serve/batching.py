@@ -86,7 +86,7 @@ def _begin(pending: Pending, engine: Engine, on_step: Callable[[], None]) -> Non
             on_step()
             follow(done, total, latents)
         pending.drawing = Drawing(engine, *prepare(pending.request, engine.model), report, pending.on_picture)
-        pending.drawing.timings["waiting"] = time.perf_counter() - pending.since
+        pending.drawing.timings["waiting"] = 0.0  # known at the end
     except Exception as error:
         pending.error = pending.error or error
 
@@ -100,6 +100,7 @@ def _end(pending: Pending, engine: Engine) -> bool:  # whether it has ended
         if error:
             raise error
         drawn = drawing.drawn()
+        drawn.timings["waiting"] = max(time.perf_counter() - pending.since - sum(drawn.timings.values()), 0.0)
         pending.future.set_result((drawn, flags_of(engine, drawn)))
     except Exception as failure:
         if getattr(failure, "lasting", False):  # the device is lost, for all

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'FIRST_PAUSE', 'LONGEST_PAUSE', 'GRACE', 'SENDING', 'Address', 'on_platform', 'listening_address',
-           'keep_loading', 'drain', 'http']
+           'keep_loading', 'close_if_lost', 'drain', 'http']
 
 # %% ../../nbs/5_serve/13_http_server.ipynb #5c0e1b04
 import asyncio
@@ -25,7 +25,7 @@ from ..core.model_info import ModelError
 from ..core.settings import SettingsError, get_settings, unknown_variables
 from .batching import BATCHING
 from .handler import _prefetch_and_count
-from .http import PATHS, Door, application
+from .http import LOST, PATHS, Door, application
 from .monitor import open_nvml, set_up_log
 from .start_checks import disk, run_checks, sizes
 from ..start.load import begin_loading, engine_state
@@ -45,8 +45,8 @@ class Address:
 def on_platform(
     environment: Mapping[str, str],  # of this process
 ) -> bool:
-    "Whether this is a worker on RunPod."
-    return any(environment.get(name) for name in ("RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID"))
+    "Whether this is a worker of an endpoint on RunPod."
+    return bool(environment.get("RUNPOD_ENDPOINT_ID"))  # an ordinary Pod has none
 
 def listening_address(
     host: str | None,  # None: all addresses on the platform, 127.0.0.1 elsewhere
@@ -84,6 +84,15 @@ async def keep_loading(
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
+async def close_if_lost(
+    door: Door,  # to close
+    pause: float = 1.0,  # seconds between two looks
+) -> None:
+    "Close the door once nothing can be drawn any more, also if no client is left who would be told."
+    while engine_state() != "lost":
+        await asyncio.sleep(pause)
+    door.close(LOST, failed=True)
+
 # %% ../../nbs/5_serve/13_http_server.ipynb #5c0e1a55
 GRACE = 25.0  # seconds for the requests in flight, once the process is to end
 SENDING = 5.0  # seconds for the last responses
@@ -91,14 +100,17 @@ SENDING = 5.0  # seconds for the last responses
 async def drain(
     door: Door,  # that is closed
     grace: float = GRACE,  # seconds
-) -> None:
+) -> bool:  # whether something was stopped
     "Wait until all requests are answered; stop what takes too long."
-    for seconds, stop in ((grace, True), (SENDING, False)):
+    stopped: list[asyncio.Task] = []
+    for seconds in (grace, SENDING):
         end = time.monotonic() + seconds
         while door.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        for task in [*door.tasks] if stop else ():
+        stopped = stopped or [*door.tasks]
+        for task in stopped:
             task.cancel()
+    return bool(stopped)
 
 # %% ../../nbs/5_serve/13_http_server.ipynb #5c0e1a57
 def _server(app: Any) -> Any:
@@ -112,7 +124,7 @@ def _server(app: Any) -> Any:
     return Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
                                  timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(SENDING)))
 
-async def _serve(door: Door, address: Address, sockets: list[socket.socket]) -> None:
+async def _serve(door: Door, address: Address, sockets: list[socket.socket]) -> bool:  # whether something was stopped
     "Serve until the door is closed and all requests are answered."
     loop = asyncio.get_running_loop()
     def stop() -> None:
@@ -125,13 +137,15 @@ async def _serve(door: Door, address: Address, sockets: list[socket.socket]) -> 
     servers = [_server(application(door, address.health_path, work)) for work in (True, False)[:len(sockets)]]
     LEDGER.lap("server")
     tasks = [loop.create_task(server.serve([listener])) for server, listener in zip(servers, sockets, strict=True)]
-    loading, ending = loop.create_task(keep_loading(door)), loop.create_task(door.ending.wait())
-    await asyncio.wait([*tasks, ending], return_when=asyncio.FIRST_COMPLETED)
-    await drain(door)
+    others = [loop.create_task(other) for other in (keep_loading(door), close_if_lost(door), door.ending.wait())]
+    await asyncio.wait([*tasks, others[-1]], return_when=asyncio.FIRST_COMPLETED)
+    stopped = await drain(door)
     for server in servers:
         server.should_exit = True
-    loading.cancel()
+    for other in others:
+        other.cancel()
     await asyncio.gather(*tasks)
+    return stopped
 
 # %% ../../nbs/5_serve/13_http_server.ipynb #5c0e1a58
 def _listen(address: Address) -> list[socket.socket]:
@@ -177,7 +191,12 @@ def http(
     log.info("listening on http://%s:%d", address.host, address.port)
     if not on_platform(os.environ) and address.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("requests need no key: anybody who can reach %s can draw here", address.host)
-    asyncio.run(_serve(door, address, sockets))
+    stopped = asyncio.run(_serve(door, address, sockets))
     if door.failed:
         BATCHING.exit_if_hung()
+    if stopped:  # Python's own way to end waits for threads, such as one that uploads
+        log.warning("requests were stopped, since they took more than %g s", GRACE)
+        logging.shutdown()
+        os._exit(1 if door.failed else 0)
+    if door.failed:
         raise ModelError(f"{door.closing}; the reason is above.", lasting=True)

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import SimpleNamespace
@@ -170,7 +171,7 @@ class Progress:
                  session: Any):  # the SDK's, of the running loop
         self.job, self.session, self.loop = dict(job), session, asyncio.get_running_loop()
         self.sent = self.without_picture = 0
-        self.under_way = None
+        self.lock, self.closed, self.under_way = threading.Lock(), False, None
 
     def __call__(self, step: int, steps: int,  # of all images
                  seconds_left: float,  # an estimate
@@ -182,11 +183,17 @@ class Progress:
         message = {"step": step, "steps": steps, "seconds_left": round(seconds_left, 1)}
         if image:
             message["preview"] = data_uri(image, "jpeg", quality=70)  # noise has fewer than 64 kB
-        self.sent, self.without_picture = self.sent + 1, self.without_picture + (image is None)
-        self.under_way = asyncio.run_coroutine_threadsafe(_post_progress(self.session, self.job, message), self.loop)
+        with self.lock:
+            if self.closed:  # the job was stopped while its preview was made
+                return
+            self.sent, self.without_picture = self.sent + 1, self.without_picture + (image is None)
+            post = _post_progress(self.session, self.job, message)
+            self.under_way = asyncio.run_coroutine_threadsafe(post, self.loop)
 
     def close(self) -> list[str]:  # warnings for the answer
         "Wait for the last message, so that none follows the answer; return warnings of missing previews."
+        with self.lock:
+            self.closed = True
         if self.under_way:
             self.under_way.result()
         return preview_warnings(self.sent, self.without_picture)
