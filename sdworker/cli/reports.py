@@ -68,6 +68,7 @@ def _checked_plot(plot: Path | None) -> Path | None:
         raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.")
     return plot
 
+_COUNTS = {"queue": None, "load-balancer": 4}  # requests for each worker; `sdworker deploy` has the same
 _Plot = Annotated[Path | None, typer.Option(callback=_checked_plot, help="Draw the result into a .png or .svg file.")]
 
 # %% ../../nbs/9_cli/01_reports.ipynb #0dc9dec8
@@ -195,6 +196,7 @@ def plan(
     flashboot: Annotated[float, typer.Option(help="Share of starts that FlashBoot shortens; an assumption.")] = 0,
     delay: Annotated[float, typer.Option(help="Seconds in the queue after which a worker is started.")] = 4,
     count: Annotated[int | None, typer.Option(min=1, help="Requests for each worker; replaces --delay.")] = None,
+    kind: Annotated[Literal["queue", "load-balancer"], typer.Option("--type", help="How requests come.")] = "queue",
     discount: Annotated[float, typer.Option(min=0, max=1, help="On the price of always-on workers; 0.2: 20 %.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests that a worker draws in one call.")] = 1,
     further: Annotated[float, typer.Option(min=0, max=1, help="Share of its time that each further one takes.")] = 1,
@@ -210,16 +212,15 @@ def plan(
 
         sdworker plan --trace mine.csv --grid default --goal "p95<30s" --plot front.png
 
-        sdworker plan --min 0 --idle 60 --flashboot 0.5 --gpu A100 --json
+        sdworker plan --type load-balancer --min 0 --idle 60 --flashboot 0.5 --gpu A100 --json
     """
     from sdworker.operate import plan as planner
-
     with plain_errors(planner.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
-        base = planner.Endpoint(min_workers, max_workers, idle, delay, count, cold, flashboot=flashboot,
-            price=planner.price_of(gpu), discount=discount, concurrency=concurrency, further=further)
+        base = planner.Endpoint(min_workers, max_workers, idle, delay, count or _COUNTS[kind], cold, further=further,
+            flashboot=flashboot, price=planner.price_of(gpu), discount=discount, concurrency=concurrency)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
         study = planner.study(base, load, goal, planner.DEFAULT_GRID if values == "default" else None, on_step)
-    _show_plan(study | {"estimate": estimate}, as_json, plot)
+    _show_plan(study | {"estimate": estimate}, as_json, plot, kind == "load-balancer")
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
 def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **swing_and_burst) -> tuple:
@@ -234,7 +235,7 @@ def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **s
     return planner.poisson(a_day, (low + high) / 2, **swing_and_burst), {"gpu": gpu, "seconds": [low, high]}
 
 # %% ../../nbs/9_cli/01_reports.ipynb #ec0c8a85
-def _show_plan(study: dict, as_json: bool, plot: Path | None) -> None:
+def _show_plan(study: dict, as_json: bool, plot: Path | None, balanced: bool) -> None:
     "Print a study as a table, or as JSON, and draw it."
     from rich.console import Console
     from rich.table import Table
@@ -247,9 +248,9 @@ def _show_plan(study: dict, as_json: bool, plot: Path | None) -> None:
         return typer.echo(json.dumps(study))
     names = {"min": "min", "max": "max", "idle": "idle s", "wait_p50": "wait p50", "wait_p95": "p95",
              "wait_p99": "p99", "latency_p95": "answer p95", "cold": "cold", "cost_day": "$ a day",
-             "cost_image": "$ image"}
+             "cost_image": "$ image"} | ({"ended": "ended"} if balanced else {})
     table = Table("", *names.values(), box=None)
-    formats = {"cold": ".0%", "cost_image": ".4f"}  # the others: four digits
+    formats = {"cold": ".0%", "ended": ".2%", "cost_image": ".4f"}  # the others: four digits
     rows = [("your setting", study["setting"])]
     rows += [("", report) for report in study["front"] if report != study["setting"]]
     for label, report in rows:
