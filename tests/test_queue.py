@@ -189,7 +189,7 @@ sdworker.serve.handler.start()
 """
 
 
-def test_a_worker_that_is_told_to_end_finishes_what_it_has_and_takes_no_more():
+def test_a_worker_that_gets_sigterm_finishes_what_it_has_and_takes_no_more():
     worker_run = run_workers([sys.executable, "-c", STOPPED], [job("first"), job("second"), job("left")],
                              {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}, stop=False)
     assert "output" in worker_run.answers["first"] and set(worker_run.taken_at) == set(worker_run.answers)
@@ -207,7 +207,7 @@ sdworker.serve.handler.start()
 """
 
 
-def test_an_idle_worker_that_is_told_to_end_does_not_wait_for_the_queue():
+def test_an_idle_worker_that_gets_sigterm_does_not_wait_for_the_queue():
     worker_run = run_workers([sys.executable, "-c", IDLE_AND_STOPPED], [job("first")], limit=80, stop=False, hold=500)
     assert "output" in worker_run.answers["first"] and worker_run.code == 0, worker_run.log
 
@@ -228,7 +228,7 @@ sdworker.serve.handler.start()
 """
 
 
-def test_a_worker_that_is_told_to_end_while_it_loads_draws_the_job_that_it_has():
+def test_a_worker_that_gets_sigterm_while_it_loads_draws_the_job_that_it_has():
     worker_run = run_workers([sys.executable, "-c", STOPPED_IN_THE_LOAD], [job("first"), job("left")], stop=False)
     assert "output" in worker_run.answers["first"] and set(worker_run.taken_at) == {"first"}, worker_run.log
     assert worker_run.code == 0

@@ -91,7 +91,7 @@ def memory_growth(
 
 # %% ../../nbs/8_lab/18_soak.ipynb #1f359b54
 def faults_of(
-    minutes: float,  # of the whole run
+    minutes: float,  # of the run
 ) -> list[Fault]:  # for `run_workers`
     "List the faults of a run, the same in each five minutes."
     return [fault for start in range(0, int(60 * minutes), 300) for fault in (

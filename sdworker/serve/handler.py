@@ -65,7 +65,7 @@ def _load_first() -> None:
     ENGINE_THREAD.submit(partial(initialize_model, warm=True)).result()
 
 def _load_before_jobs() -> None:
-    "Wait for the load; after one that failed for good, the first job is told why. Raises any other `ModelError`."
+    "Wait for the load; after one that failed for good, the first job gets the reason. Raises any other `ModelError`."
     try:
         _load_first()
     except ModelError as error:

@@ -368,8 +368,6 @@ async def _whole(answer: dict[str, Any], events: Events | None, openai: bool) ->
     content = openai_error(answer, status) if openai and status != 200 else answer
     return Response(await asyncio.to_thread(json.dumps, content), status, media_type="application/json")
 
-
-
 # %% ../../nbs/5_serve/12_http.ipynb #5c0e1a41
 def models() -> dict[str, Any]:  # as OpenAI's API lists models
     "List the model; raises `ModelError` or `SettingsError`."

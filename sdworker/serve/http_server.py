@@ -88,7 +88,7 @@ async def close_if_lost(
     door: Door,  # to close
     pause: float = 1.0,  # seconds between two looks
 ) -> None:
-    "Close the door once nothing can be drawn any more, also if no client is left who would be told."
+    "Close the door once nothing can be drawn any more, also if no client is left to get an error."
     while engine_state() != "lost":
         await asyncio.sleep(pause)
     door.close(LOST, failed=True)
@@ -102,14 +102,15 @@ async def drain(
     grace: float = GRACE,  # seconds
 ) -> bool:  # whether something was stopped
     "Wait until all requests are answered; stop what takes too long."
-    stopped: list[asyncio.Task] = []
-    for seconds in (grace, SENDING):
+    async def responses(seconds: float) -> None:
         end = time.monotonic() + seconds
         while door.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        stopped = stopped or [*door.tasks]
-        for task in stopped:
-            task.cancel()
+    await responses(grace)
+    stopped = [*door.tasks]
+    for task in stopped:
+        task.cancel()
+    await responses(SENDING)
     return bool(stopped)
 
 # %% ../../nbs/5_serve/13_http_server.ipynb #5c0e1a57

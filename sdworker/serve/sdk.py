@@ -293,7 +293,7 @@ def _persistently(
 
     async def transmit_or_wait(*arguments: Any) -> None:
         began, pause = time.monotonic(), _FIRST_PAUSE
-        if JOB_STREAM_URL.partition("$ID")[0] in arguments[1]:  # a part of an answer must not keep back the whole
+        if JOB_STREAM_URL.partition("$ID")[0] in arguments[1]:  # a part must not delay the answer
             return await transmit(*arguments)
         while True:
             try:
