@@ -43,7 +43,7 @@ class Weights:
 @pytest.mark.timeout(600)
 def test_two_hundred_jobs_outlive_ten_killed_workers_a_lost_queue_and_damaged_weights(tmp_path):
     chance, seconds = random.Random(11), 70
-    weights = Weights(tmp_path / "model", cut=60, restored=110)
+    weights = Weights(tmp_path / "model", cut=20, restored=110)  # kills come in between, also on a slow machine
     jobs = [{"id": f"job-{k}", "input": {"prompt": prompt, "seed": k, "num_inference_steps": 25}}
             for k, prompt in zip(range(200), cycle(PROMPTS))]
     worker_run = run_workers(

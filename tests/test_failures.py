@@ -188,7 +188,7 @@ def test_a_batch_that_did_not_fit_is_not_tried_again():
         "    return original(self, latents)\nsdworker.engine.pipeline.FamilyEngine.decode = counted"
     worker_run = run_workers(worker(code),
                              [job("first", num_images=4), job("second", num_images=4), job("small", num_images=2),
-                                            job("smaller", num_images=4, width=32, height=32)],
+                              job("smaller", num_images=4, width=32, height=32)],
                              {"SDWORKER_LOAD": "lazy"})
     sizes = [int(images) for images in re.findall(r"images at once: (\d+)", worker_run.log)]
     assert sizes == [4, 2, 2, 2, 2, 2, 4], "the second job uses the batch size that the first has learned"
