@@ -113,11 +113,13 @@ connect, posted = sdworker.serve.handler.connect, asyncio.Event()
 def connect_and_hold_back(gate):
     from runpod.serverless.modules import rp_http
     transmit = rp_http._transmit
-    async def second_first(session, url, *arguments):
-        if "/first" in url:
+    async def second_first(session, url, data):
+        answer = "images" in data  # else a message of progress, on a busy machine
+        if answer and "/first" in url:
             await posted.wait()
-        await transmit(session, url, *arguments)
-        posted.set()
+        await transmit(session, url, data)
+        if answer:
+            posted.set()
     rp_http._transmit = second_first
     connect(gate)
 sdworker.serve.handler.connect = connect_and_hold_back
