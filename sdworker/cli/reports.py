@@ -68,7 +68,6 @@ def _checked_plot(plot: Path | None) -> Path | None:
         raise typer.BadParameter("matplotlib is not installed; `pip install 'sdworker[notebooks]'`.")
     return plot
 
-_COUNTS = {"queue": None, "load-balancer": 4}  # requests for each worker; `sdworker deploy` has the same
 _Plot = Annotated[Path | None, typer.Option(callback=_checked_plot, help="Draw the result into a .png or .svg file.")]
 
 # %% ../../nbs/9_cli/01_reports.ipynb #0dc9dec8
@@ -216,8 +215,8 @@ def plan(
     """
     from sdworker.operate import plan as planner
     with plain_errors(planner.PlanError), bar(not as_json and sys.stderr.isatty(), "simulating") as on_step:
-        base = planner.Endpoint(min_workers, max_workers, idle, delay, count or _COUNTS[kind], cold, further=further,
-            flashboot=flashboot, price=planner.price_of(gpu), discount=discount, concurrency=concurrency)
+        base = planner.Endpoint(min_workers, max_workers, idle, delay, count, cold, further=further, discount=discount,
+            concurrency=concurrency, balanced=kind == "load-balancer", price=planner.price_of(gpu), flashboot=flashboot)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
         study = planner.study(base, load, goal, planner.DEFAULT_GRID if values == "default" else None, on_step)
     _show_plan(study | {"estimate": estimate}, as_json, plot, kind == "load-balancer")
