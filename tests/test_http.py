@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
+from handled import OFTEN
 from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI, RateLimitError
 from PIL import Image
 
@@ -28,6 +29,7 @@ from sdworker.lab.queue_server import bytes_in_use
 from sdworker.lab.soak import PROMPTS, memory_growth
 
 PROMPT = "a large red star on a blue background"
+BODY = json.dumps({"prompt": PROMPT}).encode()
 LONG = {"prompt": PROMPT, "num_images": 8, "num_inference_steps": 100}
 MAIN = "from sdworker.cli.main import main; main()"
 GATED = """
@@ -49,7 +51,6 @@ def lost(*arguments):
     raise ModelError("the GPU takes no more work from this process.", lasting=True)
 module.{name} = lost
 """
-OFTEN = "import sdworker.engine.previews as previews; previews.INTERVAL = previews.LAST = previews.SHARE = 0.0\n"
 
 
 @dataclass
@@ -71,6 +72,14 @@ class Worker:
 
     def openai(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)
+
+
+def opened(worker: Worker, body: bytes, length: int) -> socket.socket:
+    "A connection with a request, of whose body not all may have been sent."
+    client = socket.create_connection(("127.0.0.1", worker.http.base_url.port), timeout=60)
+    client.sendall(b"POST /generate HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\n"
+                   b"Content-Length: %d\r\n\r\n%s" % (length, body))
+    return client
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
@@ -300,8 +309,9 @@ def test_a_load_that_fails_for_good(tmp_path, load):
 def test_a_load_that_fails_for_good_while_a_request_waits(tmp_path):
     before = LOST.format(module="start.load", name="_load")
     with running(tmp_path, before, SDWORKER_LOAD="lazy") as worker:
-        with pytest.raises(InternalServerError, match="the GPU takes no more work"):
+        with pytest.raises(InternalServerError, match="the GPU takes no more work") as lost:
             worker.openai().images.generate(prompt=PROMPT)
+        assert lost.value.response.headers["retry-after"] == "1", "another worker may have more luck"
         assert worker.process.wait(60) == 1 and "Traceback" not in worker.log.read_text()
 
 
@@ -310,10 +320,7 @@ def test_an_engine_that_is_lost_when_its_client_has_gone(tmp_path):
     before = LOST.format(module="engine.generate", name="draw_next")
     before += GATED.format(module="engine.generate", name="draw_next", gate=str(gate))
     with running(tmp_path, before, SDWORKER_LOAD="lazy") as worker:
-        body = json.dumps({"prompt": PROMPT}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: w\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        with socket.create_connection(("127.0.0.1", worker.http.base_url.port)) as client:
-            client.sendall(f"{head}\r\n\r\n".encode() + body)
+        with opened(worker, BODY, len(BODY)):
             wait_until(gate.with_suffix(".reached").exists)
         wait_until(lambda: worker.metric("requests_in_flight") == 0)
         gate.touch()
@@ -375,6 +382,31 @@ def test_sigterm_stops_what_takes_too_long(tmp_path):
             worker.process.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-2:]
         assert last[0] == "event: answer" and json.loads(last[1].removeprefix("data: "))["code"] == "stopping"
+        assert worker.process.wait(60) == 0
+
+
+def test_sigterm_does_not_wait_for_a_body(tmp_path):
+    with running(tmp_path) as worker, opened(worker, BODY[:5], len(BODY)) as client:
+        wait_until(lambda: worker.metric("requests_in_flight") == 1)
+        worker.process.send_signal(signal.SIGTERM)
+        answer = b"".join(iter(lambda: client.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in answer and b'"stopping"' in answer
+        assert worker.process.wait(60) == 0 and "Traceback" not in worker.log.read_text()
+
+
+HANGING_DELIVERY = """
+import pathlib, threading, sdworker.serve.answer
+sdworker.serve.answer.deliver = lambda *_: (pathlib.Path({reached!r}).touch(), threading.Event().wait())
+"""
+
+
+def test_an_upload_that_nobody_waits_for_does_not_keep_the_process(tmp_path):
+    reached = tmp_path / "reached"
+    with running(tmp_path, HANGING_DELIVERY.format(reached=str(reached))) as worker:
+        with opened(worker, BODY, len(BODY)):
+            wait_until(reached.exists)
+        wait_until(lambda: worker.metric("requests_in_flight") == 0)
+        worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(60) == 0
 
 

@@ -64,7 +64,7 @@ class Door:
     def admit(self, name: str) -> None:  # an id
         "Give a request a place; raises `HttpError` if there is none."
         if self.closing:
-            raise HttpError(503, "stopping", f"{self.closing}; send the request again.", wait=1)
+            raise self.stopping()
         if self.load == "eager" and self.health() == 204:
             raise HttpError(503, "loading", "the model is being loaded; send the request again.", wait=5)
         if len(self.undrawn) >= self.limit or len(self.tasks) >= 2 * self.limit:
@@ -84,6 +84,10 @@ def _begin(self: Door, job: dict[str, Any], watcher: Messages | None = None) -> 
     self.tasks.add(task)
     task.add_done_callback(lambda task: self._done(job["id"], task))
     return task
+
+def _stopping(self: Door) -> HttpError:
+    "Return the answer to a request that comes too late."
+    return HttpError(503, "stopping", f"{self.closing}; send the request again.", wait=1)
 
 def _leave(self: Door, name: str) -> None:  # an id
     "Free a request's place, if it has one."
@@ -110,7 +114,7 @@ def _close(self: Door, reason: str, failed: bool = False) -> None:  # failed: th
     self.closing, self.failed = self.closing or reason, self.failed or failed
     self.ending.set()
 
-Door.begin, Door.leave, Door._done, Door.close = _begin, _leave, _done, _close
+Door.begin, Door.stopping, Door.leave, Door._done, Door.close = _begin, _stopping, _leave, _done, _close
 
 # %% ../../nbs/5_serve/13_http.ipynb #5c0e1a64
 async def follow(
@@ -131,6 +135,19 @@ async def follow(
         gone.cancel()
         task.cancel()
 
+# %% ../../nbs/5_serve/13_http.ipynb #d0fcd84d
+async def _read(door: Door, request: "Request", forms: bool) -> dict[str, Any]:
+    "As `read_request`; raises `HttpError` also if the worker ends before the body is there."
+    reading, ending = (asyncio.ensure_future(one) for one in (read_request(request, forms), door.ending.wait()))
+    try:
+        await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise door.stopping()
+        return reading.result()
+    finally:
+        reading.cancel()
+        ending.cancel()
+
 # %% ../../nbs/5_serve/13_http.ipynb #5c0e1a37
 async def respond_to(
     door: Door,  # of this process
@@ -144,7 +161,7 @@ async def respond_to(
     name, openai = request.scope["job"], path in ROUTES
     door.admit(name)
     try:
-        body = await read_request(request, forms=path == ROUTES[1])
+        body = await _read(door, request, forms=path == ROUTES[1])
         job, events = openai_job(name, path, body) if openai else ({"id": name, "input": body}, None)
         if not openai and "text/event-stream" in request.headers.get("accept", ""):
             events = native_events
@@ -187,12 +204,23 @@ async def _whole(answer: dict[str, Any], events: Events | None, openai: bool) ->
     "A response with an answer that came before any event."
     from fastapi import Response
 
-    status = status_of(answer)
-    if events and status == 200:
+    if (status := status_of(answer)) != 200:
+        return _refusal(answer, status, openai)
+    if events:
         sent = await asyncio.to_thread(event_bytes, events, {"answer": answer})
         return Response(sent, media_type="text/event-stream")
-    content = openai_error(answer, status) if openai and status != 200 else answer
-    return Response(await asyncio.to_thread(json.dumps, content), status, media_type="application/json")
+    return _text(await asyncio.to_thread(json.dumps, answer), 200)
+
+def _refusal(answer: Mapping[str, Any], status: int, openai: bool, headers: Mapping[str, str] | None = None,
+             ) -> "Response":
+    "An error in the dialect of its route."
+    content = openai_error(answer, status) if openai else answer
+    return _text(json.dumps(content), status, headers=headers or ({"Retry-After": "1"} if status == 503 else {}))
+
+def _text(content: str, status: int, kind: str = "application/json", headers: Any = None) -> "Response":
+    from fastapi import Response
+
+    return Response(content, status, headers, kind)
 
 # %% ../../nbs/5_serve/13_http.ipynb #5c0e1a41
 def models() -> dict[str, Any]:  # as OpenAI's API lists models
@@ -293,11 +321,6 @@ def _metrics(door: Door) -> Callable[["Request"], Awaitable["Response"]]:
     return all_metrics
 
 # %% ../../nbs/5_serve/13_http.ipynb #5c0e1a46
-def _text(content: str, status: int, kind: str = "application/json", headers: Any = None) -> "Response":
-    from fastapi import Response
-
-    return Response(content, status, headers, kind)
-
 async def _models(request: "Request") -> "Response":
     "Answer with the list of models, or with the one of the path."
     listed, name = await asyncio.to_thread(models), request.path_params.get("name")
@@ -319,6 +342,4 @@ async def _error(request: "Request", error: Exception) -> "Response":
         answer = failure(error)
         status = status_of(answer)
     answer.pop("refresh_worker", None)
-    openai = request.url.path.startswith("/v1/")
-    return _text(json.dumps(openai_error(answer, status) if openai else answer), status,
-                 headers=getattr(error, "headers", None))
+    return _refusal(answer, status, request.url.path.startswith("/v1/"), getattr(error, "headers", None))

@@ -197,7 +197,9 @@ def openai_job(
         raise HttpError(400, "invalid_request", "stream should be true or false.", "stream")
     events = None
     if body.pop("stream", None):
-        previews = body.pop("partial_images", None) or 0
+        previews = body.pop("partial_images", None)
+        if previews is None:
+            previews = 3 if body.get("previews") is True else 0
         if previews not in range(4):
             raise HttpError(400, "invalid_request", "partial_images should be a whole number from 0 to 3.",
                             "partial_images")
