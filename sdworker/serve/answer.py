@@ -47,7 +47,7 @@ class Watcher(Protocol):
                  ) -> None:
         "Take the state of a job, without delay."
 
-    def close(self) -> list[str]:  # warnings for the answer
+    async def close(self) -> list[str]:  # warnings for the answer
         "Wait until the last message is out, so that none follows the answer."
 
 # %% ../../nbs/5_serve/09_answer.ipynb #d8dc07de
@@ -114,7 +114,7 @@ class Messages:
         self.sent, self.without_picture = self.sent + 1, self.without_picture + ("preview" not in message)
         self.loop.call_soon_threadsafe(self.queue.put_nowait, message)
 
-    def close(self) -> list[str]:  # at most one
+    async def close(self) -> list[str]:  # at most one
         "Return a warning if previews are missing; all messages are queued already."
         return preview_warnings(self.sent, self.without_picture)
 
@@ -190,7 +190,7 @@ def _cost(price: float, drawn: Drawn, total: float) -> dict[str, float]:
     return {"cost": round(price * max(total - others, 0) / 3600, 6)} if price else {}
 
 # %% ../../nbs/5_serve/09_answer.ipynb #083ef318
-NO_PREVIEWS = "previews go to RunPod's queue, and this job did not come from there; leave the field out."
+NO_PREVIEWS = "previews: none can be sent here; over HTTP ask for a stream of events, else leave the field out."
 
 async def respond(
     job: Mapping[str, Any],  # the SDK's: "id", "input", and perhaps "s3Config"
@@ -217,7 +217,7 @@ async def respond(
         on_drawn()
     finally:
         if watcher:  # an error is an answer too
-            warnings = await loop.run_in_executor(DELIVERY_THREADS, watcher.close)
+            warnings = await watcher.close()
     LEDGER.lap("first image")
     warnings = (warnings if watcher else [NO_PREVIEWS]) if accepted.request.previews else []
     return await loop.run_in_executor(DELIVERY_THREADS, _deliver, accepted, drawn, flags, warnings, began)

@@ -222,10 +222,10 @@ def _turn(self: Batching) -> None:
 
         LEDGER.lap("wait for a job")  # since the load, if that came first
         arrived = self._arrivals(settings.batch_window_ms / 1000, settings.max_batch)
+        self._pending += arrived
+        for pending in arrived:
+            _begin(pending, engine, self.timeout.step)
         with self.timeout.watched(settings.step_timeout):
-            self._pending += arrived
-            for pending in arrived:
-                _begin(pending, engine, self.timeout.step)
             if running := [pending.drawing for pending in self._pending if not pending.error]:
                 draw_next(running, settings.max_batch)
             self._pending = [pending for pending in self._pending if not _end(pending, engine)]

@@ -35,7 +35,7 @@ class JobGate:
                  answer: Callable[..., Awaitable[dict[str, Any]]] = answer_job,  # as `answer_job`
                  streams: bool = False):  # whether the SDK gets each answer from `stream`, in place of `handle`
         self.concurrency, self.answer, self.streams = concurrency, answer, streams
-        self.undrawn: set[str] = set()  # ids of the jobs that take up room
+        self.undrawn: set[object] = set()  # places of the jobs that take up room
         self.tasks: dict[str, asyncio.Task] = {}  # by job id: those whose answers the SDK does not have yet
         self.answered: dict[str, asyncio.Task] = {}  # by job id: the last good answers, in case their jobs come again
         self.messages: dict[str, Messages] = {}  # by job id, where answers are streamed
@@ -67,6 +67,9 @@ class JobGate:
 async def _ask(self: JobGate, ask: Callable[..., Awaitable[list[dict] | None]], room: int) -> list[dict]:
     jobs = await asyncio.wait_for(ask(self.session, room), _REQUEST_SECONDS) or []
     for job in jobs:
+        task = self.tasks.get(name := str(job.get("id")))
+        if task and (task.cancelled() or task.cancelling()):  # there will be no answer
+            del self.tasks[name]
         self.begin(job)
     return jobs
 
@@ -90,43 +93,48 @@ def _begin(self: JobGate, job: dict[str, Any]) -> asyncio.Task:  # of its answer
     "Begin a job, unless it is under way or has just been answered."
     name = str(job.get("id"))
     if not (task := self.tasks.get(name) or self.answered.get(name)):
-        self.undrawn.add(name)
+        place = object()  # not the id: a job may come again while its cancelled task still ends
+        self.undrawn.add(place)
         if self.streams:
             watcher = self.messages[name] = Messages(0.8 * STREAM_BYTES)  # the rest is for all that is no preview
         else:
             watcher = Progress(job, self.session) if self.session else None
-        task = asyncio.create_task(self.answer(job, watcher, lambda: self.make_room(name)))
-        task.add_done_callback(lambda task: self._done(name, task))
+        task = asyncio.create_task(self.answer(job, watcher, lambda: self.make_room(place)))
+        task.add_done_callback(lambda task: self._done(place, task))
         self.tasks[name] = task
     return task
 
-def _make_room(self: JobGate, name: str) -> None:
+def _make_room(self: JobGate, place: object) -> None:  # of a job
     "Note that the engine has done its part of a job."
-    self.undrawn.discard(name)
+    self.undrawn.discard(place)
     self.changed.set()
 
-def _done(self: JobGate, name: str, task: asyncio.Task) -> None:
+def _done(self: JobGate, place: object, task: asyncio.Task) -> None:
     "Make room, unless the worker ends after this answer."
     if not task.cancelled() and task.result().get("refresh_worker"):
         self.options["refresh_worker"] = True
         self.close()
-    self.make_room(name)
+    self.make_room(place)
     self.check_end()
 
 async def _handle(self: JobGate, job: dict[str, Any]) -> dict[str, Any]:  # the SDK changes it
     "The handler for the SDK: the answer of a job that was begun, or that is not known."
+    task = self.begin(job)
     try:
-        return dict(await self.begin(job))
+        return dict(await task)
     finally:
-        self.remember(str(job.get("id")))
+        self.remember(str(job.get("id")), task)
 
 JobGate.begin, JobGate.make_room, JobGate._done, JobGate.handle = _begin, _make_room, _done, _handle
 
 # %% ../../nbs/5_serve/10_sdk.ipynb #eaa188d7
-def _remember(self: JobGate, name: str) -> None:  # of a job that the SDK has answered
+def _remember(self: JobGate, name: str,  # of a job that the SDK has answered
+              task: asyncio.Task) -> None:  # of its answer
     "Keep a good answer for a while, in case its job comes again; one that failed may be tried again."
-    task = self.tasks.pop(name, None)  # None: it came twice, and the SDK has had the answer once
-    if task and task.done() and not task.cancelled() and not task.result().get("error"):
+    if self.tasks.get(name) is not task:  # it came twice, and the SDK has had the answer once
+        return
+    del self.tasks[name]
+    if task.done() and not task.cancelled() and not task.result().get("error"):
         self.answered[name] = task
     while len(self.answered) > REMEMBERED:
         self.answered.pop(next(iter(self.answered)))
@@ -190,12 +198,12 @@ class Progress:
             post = _post_progress(self.session, self.job, message)
             self.under_way = asyncio.run_coroutine_threadsafe(post, self.loop)
 
-    def close(self) -> list[str]:  # warnings for the answer
+    async def close(self) -> list[str]:  # warnings for the answer
         "Wait for the last message, so that none follows the answer; return warnings of missing previews."
         with self.lock:
             self.closed = True
         if self.under_way:
-            self.under_way.result()
+            await asyncio.wait([asyncio.wrap_future(self.under_way)])
         return preview_warnings(self.sent, self.without_picture)
 
 # %% ../../nbs/5_serve/10_sdk.ipynb #6fb19168
@@ -226,7 +234,7 @@ async def _stream(self: JobGate, job: dict[str, Any]) -> AsyncIterator[dict[str,
         for part in answer_parts(await task):
             yield dict(part)
     finally:
-        self.remember(name)
+        self.remember(name, task)
 
 JobGate.stream = _stream
 
