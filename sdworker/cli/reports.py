@@ -265,8 +265,8 @@ def _show_plan(study: dict, as_json: bool, plot: Path | None, balanced: bool) ->
     typer.echo(f"workers over time with your setting, {peak:.1f} at most: {bars}")
     if study["goal"]:
         best = study["recommendation"]
-        typer.echo(f"{study['goal']}: " + (f"{study['ratio']:.2f} of the cost of your setting" if best else
-                                           "no setting reaches it"))
+        nothing = "no setting reaches it" + " without losing more than one request of a thousand" * balanced
+        typer.echo(f"{study['goal']}: " + (f"{study['ratio']:.2f} of the cost of your setting" if best else nothing))
 
 # %% ../../nbs/9_cli/01_reports.ipynb #bc79b43c
 @app.command()
