@@ -68,7 +68,7 @@ async def _ask(self: JobGate, ask: Callable[..., Awaitable[list[dict] | None]], 
     jobs = await asyncio.wait_for(ask(self.session, room), _REQUEST_SECONDS) or []
     for job in jobs:
         task = self.tasks.get(name := str(job.get("id")))
-        if task and (task.cancelled() or task.cancelling()):  # there will be no answer
+        if task and task.cancelling():  # there will be no answer
             del self.tasks[name]
         self.begin(job)
     return jobs
