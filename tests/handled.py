@@ -18,7 +18,6 @@ from sdworker.serve.image_io import from_data_uri
 
 PROMPT = "a large red star on a blue background"
 HANDLER = [sys.executable, str(Path(__file__).parent.parent / ".runpod" / "handler.py")]  # what RunPod starts
-OFTEN = "import sdworker.engine.previews as previews; previews.INTERVAL = previews.LAST = previews.SHARE = 0.0\n"
 WORKER = """
 import json, logging, sys
 from sdworker.serve.handler import handler

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
-from handled import OFTEN
+from handled import PROMPT
 from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI, RateLimitError
 from PIL import Image
 
@@ -28,7 +28,6 @@ from sdworker.lab.demo import free_port
 from sdworker.lab.queue_server import bytes_in_use
 from sdworker.lab.soak import PROMPTS, memory_growth
 
-PROMPT = "a large red star on a blue background"
 BODY = json.dumps({"prompt": PROMPT}).encode()
 LONG = {"prompt": PROMPT, "num_images": 8, "num_inference_steps": 100}
 MAIN = "from sdworker.cli.main import main; main()"
@@ -51,6 +50,7 @@ def lost(*arguments):
     raise ModelError("the GPU takes no more work from this process.", lasting=True)
 module.{name} = lost
 """
+OFTEN = "import sdworker.engine.previews as previews; previews.INTERVAL = previews.LAST = previews.SHARE = 0.0\n"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from handled import HANDLER, OFTEN, PROMPT, job
+from handled import HANDLER, PROMPT, job
 
 from sdworker.embedded.shapes import judge
 from sdworker.lab.queue_server import Fault, run_workers
@@ -34,22 +34,33 @@ def test_a_queue_that_goes_away_is_waited_for_in_one_line_of_the_log():
     assert "Failed to get job" not in worker_run.log and "monitor_stop_signals" not in worker_run.log
 
 
+SLOW_STEPS = """
+import time, sdworker.engine.previews, sdworker.serve.handler, sdworker.serve.sdk
+progress = sdworker.engine.previews.progress
+def slow_progress(*arguments):
+    on_step = progress(*arguments)
+    def on_slow_step(*state):
+        time.sleep(0.02)
+        on_step(*state)
+    return on_slow_step
+sdworker.engine.previews.progress = slow_progress
+"""
+
+
 def test_previews_come_while_a_picture_is_drawn():
-    code = OFTEN + "import sdworker.serve.handler; sdworker.serve.handler.start()"
-    worker_run = run_workers([sys.executable, "-c", code],
-                             [job("seen", previews=True, n=4, num_inference_steps=100), job("plain")])
+    worker_run = run_workers([sys.executable, "-c", SLOW_STEPS + "sdworker.serve.handler.start()"],
+                             [job("seen", previews=True, n=4, num_inference_steps=100),
+                              job("plain", num_inference_steps=1)])
     messages = worker_run.progress["seen"]
     steps = [message["step"] for message in messages]
-    assert steps == sorted(set(steps)) and steps[-1] <= messages[-1]["steps"] == 400
+    assert steps == sorted(set(steps)) and steps[-1] < messages[-1]["steps"] == 400
     for message in messages:
-        assert message["seconds_left"] >= 0 and len(message["preview"]) < 64_000
+        assert message["seconds_left"] >= 1 and len(message["preview"]) < 64_000
         assert from_data_uri(message["preview"]).size == (32, 32)
-    assert worker_run.answers["seen"]["output"]["warnings"] == []
-    assert not any("preview" in message for message in worker_run.progress["plain"])
+    assert worker_run.answers["seen"]["output"]["warnings"] == [] and "plain" not in worker_run.progress
 
 
-IN_PIECES = OFTEN + """
-import sdworker.serve.handler, sdworker.serve.sdk
+IN_PIECES = SLOW_STEPS + """
 sdworker.serve.sdk.PART_CHARS = 10_000
 sdworker.serve.handler.start()
 """
@@ -190,7 +201,8 @@ def test_a_cancelled_job_ends_and_its_batch_mate_is_the_same_to_the_bit():
                     {"SDWORKER_CONCURRENCY": "2", "SDWORKER_LOAD": "eager"}, cancel=cancel)
         for cancel in (None, {"cancelled": 0.0}))
     for worker_run in (undisturbed, disturbed):
-        assert "step of two: 1 2" in worker_run.log, "they shared a batch"
+        timings = worker_run.answers["mate"]["output"]["timings"]
+        assert timings["engine"] < timings["denoise"] and "step of two: 1 2" in worker_run.log, "they shared a batch"
     one, other = (worker_run.answers["mate"]["output"]["images"] for worker_run in (undisturbed, disturbed))
     assert one == other and "output" in disturbed.answers["next"]
     assert "cancelled" not in disturbed.answers and "job cancelled stopped" in disturbed.log, disturbed.log
@@ -236,10 +248,10 @@ sdworker.serve.handler.start()
 
 
 def test_a_job_that_comes_twice_is_drawn_once_and_answered_twice():
-    worker_run = run_workers([sys.executable, "-c", WHEN_IT_CAME_TWICE], [job("twice")],
-                             {"SDWORKER_CONCURRENCY": "2"}, lease=1.0, faults=[Fault("ping", reset=True)])
+    worker_run = run_workers([sys.executable, "-c", WHEN_IT_CAME_TWICE], [job("twice", num_images=4), job("other")],
+                             {"SDWORKER_CONCURRENCY": "3"}, lease=1.0, faults=[Fault("ping", reset=True)])
     assert worker_run.deliveries["twice"] > 1 and worker_run.answer_count["twice"] == worker_run.deliveries["twice"]
-    assert worker_run.log.count("job twice: 1 image(s)") == 1, worker_run.log
+    assert worker_run.log.count("job twice: 4 image(s)") == 1, worker_run.log
 
 
 @pytest.mark.parametrize("fault", [Fault("job-done", reset=True, first=2), Fault("job-done", status=503, first=5)])

@@ -219,7 +219,7 @@ def plan(
             concurrency=concurrency, balanced=kind == "load-balancer", price=planner.price_of(gpu), flashboot=flashboot)
         load, estimate = _load(trace, gpu, seconds, a_day, swing=swing, burst=burst)
         study = planner.study(base, load, goal, planner.DEFAULT_GRID if values == "default" else None, on_step)
-    _show_plan(study | {"estimate": estimate}, as_json, plot, kind == "load-balancer")
+    _show_plan(study | {"estimate": estimate}, as_json, plot, base.balanced)
 
 # %% ../../nbs/9_cli/01_reports.ipynb #b98a0001
 def _load(trace: Path | None, gpu: str, seconds: float | None, a_day: float, **swing_and_burst) -> tuple:

@@ -161,7 +161,7 @@ class Endpoint:
             raise PlanError("flashboot should be from 0 to 1, idle and cold not below 0.")
         if not 0 <= self.further <= 1 or self.concurrency < 1:
             raise PlanError("further should be from 0 to 1, concurrency 1 or more.")
-        if self.balanced and not self.count:
+        if self.balanced and self.count is None:
             object.__setattr__(self, "count", 4)  # as `sdworker deploy`
 
     def together(
@@ -329,11 +329,11 @@ NO_WORKER, LONGEST = 120.0, 330.0  # seconds: a load balancer's limits without a
 
 def _ended(outcome: Outcome) -> np.ndarray:  # (n,) bool
     "Whether a load balancer would have ended each request with an error."
-    arrivals, found = outcome.load.arrivals, np.zeros(len(outcome.start), bool)
-    for worker in outcome.workers:  # it is found by all that arrive while it is up, or at most two minutes before
+    arrivals, in_time = outcome.load.arrivals, np.zeros(len(outcome.start), bool)
+    for worker in outcome.workers:  # in time for all that arrive while it is up, or at most two minutes before
         first, last = np.searchsorted(arrivals, [worker.started + worker.boot - NO_WORKER, worker.ended])
-        found[first:last] = True
-    return ~found & (outcome.wait > NO_WORKER) | (outcome.latency > LONGEST)
+        in_time[first:last] = True
+    return ~in_time & (outcome.wait > NO_WORKER) | (outcome.latency > LONGEST)
 
 def report(
     outcome: Outcome,  # from `simulate`

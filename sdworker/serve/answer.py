@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'STREAM_BYTES', 'CHECK_THREADS', 'DELIVERY_THREADS', 'ENCODERS', 'NO_PREVIEWS', 'FOLDERS', 'KNOWN', 'CANCELLED',
-           'Watcher', 'Accepted', 'accept', 'preview_warnings', 'Messages', 'respond', 'failure', 'outcome_of',
-           'answer_job']
+           'Watcher', 'Accepted', 'accept', 'unless', 'preview_warnings', 'Messages', 'respond', 'failure',
+           'outcome_of', 'answer_job']
 
 # %% ../../nbs/5_serve/09_answer.ipynb #6251bf78
 import asyncio
@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -80,6 +80,20 @@ def accept(
     except RequestError as error:
         raise translated.error(error) from None
     return Accepted(job, translated, request, bucket, model, settings, time.perf_counter() - began)
+
+# %% ../../nbs/5_serve/09_answer.ipynb #32829877
+async def unless(
+    event: asyncio.Event,  # that makes the result pointless
+    waiting: Coroutine[Any, Any, Any],  # cancelled when the event is set first
+) -> Any:  # None: the event came first
+    "Await a result, unless an event is set first."
+    task, ended = asyncio.create_task(waiting), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        ended.cancel()
 
 # %% ../../nbs/5_serve/09_answer.ipynb #fb8d2a1a
 def preview_warnings(

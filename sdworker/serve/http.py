@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.model_info import ModelError
 from ..core.settings import SettingsError
-from .answer import CANCELLED, Messages, answer_job, failure, outcome_of
+from .answer import CANCELLED, Messages, answer_job, failure, outcome_of, unless
 from .dialects import ROUTES
 from sdworker.serve.http_bodies import (
     Events,
@@ -135,19 +135,6 @@ async def follow(
         gone.cancel()
         task.cancel()
 
-# %% ../../nbs/5_serve/13_http.ipynb #d0fcd84d
-async def _read(door: Door, request: "Request", forms: bool) -> dict[str, Any]:
-    "As `read_request`; raises `HttpError` also if the worker ends before the body is there."
-    reading, ending = (asyncio.ensure_future(one) for one in (read_request(request, forms), door.ending.wait()))
-    try:
-        await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
-            raise door.stopping()
-        return reading.result()
-    finally:
-        reading.cancel()
-        ending.cancel()
-
 # %% ../../nbs/5_serve/13_http.ipynb #5c0e1a37
 async def respond_to(
     door: Door,  # of this process
@@ -161,7 +148,9 @@ async def respond_to(
     name, openai = request.scope["job"], path in ROUTES
     door.admit(name)
     try:
-        body = await _read(door, request, forms=path == ROUTES[1])
+        body = await unless(door.ending, read_request(request, forms=path == ROUTES[1]))
+        if body is None:
+            raise door.stopping()
         job, events = openai_job(name, path, body) if openai else ({"id": name, "input": body}, None)
         if not openai and "text/event-stream" in request.headers.get("accept", ""):
             events = native_events

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from .answer import STREAM_BYTES, Messages, answer_job, preview_warnings
+from .answer import STREAM_BYTES, Messages, answer_job, preview_warnings, unless
 from .image_io import data_uri
 from ..start.load import engine_state
 
@@ -324,13 +324,7 @@ def connect(
 
     ask, ask_stops = _patiently(rp_scale.get_job, log.warning), _patiently(rp_scale.get_stop_signals, log.debug)
     async def stop_signals(session: Any) -> list[str]:
-        signals, ended = asyncio.ensure_future(ask_stops(session)), asyncio.ensure_future(gate.ended.wait())
-        try:  # the SDK would not end before the queue has answered
-            await asyncio.wait({signals, ended}, return_when=asyncio.FIRST_COMPLETED)
-            names = signals.result() if signals.done() else []
-        finally:
-            signals.cancel()
-            ended.cancel()
+        names = await unless(gate.ended, ask_stops(session)) or []  # else the SDK's end would wait for the queue
         for name in names:
             gate.stop(name)
         return names
